@@ -1,0 +1,91 @@
+"""Audio, banks and teachers that the tests share; all made here, none downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+RATE = 16_000
+
+
+def voice(seconds: float, seed: int, pitch: float = 120.0) -> np.ndarray:
+    """Something like speech, float32 [T]: a harmonic tone with gliding pitch, syllables, pauses and noise."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * RATE)) / RATE
+    f0 = pitch * np.exp2(0.3 * np.sin(2 * np.pi * 0.7 * t + rng.uniform(0, 6)))
+    phase = 2 * np.pi * np.cumsum(f0) / RATE
+    tone = sum(np.sin(k * phase) * np.exp(-k / rng.uniform(3, 9)) for k in range(1, 20))
+    syllables = np.clip(np.sin(2 * np.pi * rng.uniform(2, 6) * t + rng.uniform(0, 6)) + 0.4, 0, None)
+    wave = tone * syllables + 0.02 * rng.standard_normal(len(t))
+    return (0.3 * wave / np.abs(wave).max()).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """24 clips of 6 speakers, 0.7 to 3 s, with a CSV that gives ratings and splits."""
+    import soundfile
+
+    root = tmp_path_factory.mktemp("corpus")
+    lines = ["file,start,end,split,speaker,arousal,dominance,valence"]
+    for number in range(24):
+        speaker = number % 6
+        wave = voice(0.7 + 0.1 * number, number, 90 + 25 * speaker)
+        soundfile.write(root / f"{number:02d}.wav", wave, RATE, subtype="PCM_16")
+        split = ("train", "train", "train", "train", "validation", "test")[speaker]
+        lines.append(f"{number:02d}.wav,,,{split},s{speaker},{0.1 + 0.03 * number:.2f},0.5,{0.9 - 0.02 * number:.2f}")
+    (root / "corpus.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def bank(corpus, tmp_path_factory):
+    from w2s_jax import bank, corpora
+
+    out = tmp_path_factory.mktemp("bank") / "bank"
+    bank.build(corpora.read("csv", corpus / "corpus.csv"), out, corpus="csv")
+    return bank.Bank(out)
+
+
+@pytest.fixture(scope="session")
+def views(bank):
+    from w2s_jax import views
+
+    return views.draw(bank, per_clip=4, eval_per_clip=2, seconds=(0.4, 0.8), mix=0.5, seed=3)
+
+
+@pytest.fixture(scope="session")
+def toy_teacher(tmp_path_factory) -> Path:
+    """An ONNX model [batch, time] → [batch, 2]: mean absolute value, and mean square, of the waveform."""
+    return save_toy_teacher(tmp_path_factory.mktemp("teacher") / "toy.onnx")
+
+
+def save_toy_teacher(path: Path, shape=("batch", "time"), dimensions: str | None = "loudness,power") -> Path:
+    import onnx
+    from onnx import TensorProto, helper
+
+    axis = len(shape) - 1
+    axes = helper.make_tensor("axes", TensorProto.INT64, [1], [axis])
+    flat = helper.make_tensor("flat", TensorProto.INT64, [2], [-1, 1])
+    nodes = [
+        helper.make_node("Abs", ["x"], ["abs"]),
+        helper.make_node("Mul", ["x", "x"], ["square"]),
+        helper.make_node("ReduceMean", ["abs", "axes"], ["m1"], keepdims=1),
+        helper.make_node("ReduceMean", ["square", "axes"], ["m2"], keepdims=1),
+        helper.make_node("Reshape", ["m1", "flat"], ["r1"]),
+        helper.make_node("Reshape", ["m2", "flat"], ["r2"]),
+        helper.make_node("Concat", ["r1", "r2"], ["y"], axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "toy",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 2])],
+        [axes, flat],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    if dimensions:
+        helper.set_model_props(model, {"dimensions": dimensions})
+    onnx.save(model, path)
+    return path

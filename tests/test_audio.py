@@ -1,0 +1,446 @@
+import io
+import os
+import struct
+import sys
+import tracemalloc
+import warnings
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from w2s_jax import audio
+from w2s_jax.artifacts import UsageError
+
+RATE = 16_000
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    """A warning is an error unless a test expects it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def sine(hertz, seconds=1.0, rate=RATE, amplitude=0.5):
+    return amplitude * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def speechlike(seconds=1.0, rate=RATE):
+    """Harmonics of 120 Hz that decay, under a slow envelope: within what every lossy codec keeps."""
+    envelope = np.sin(np.pi * np.arange(round(seconds * rate)) / (seconds * rate)) ** 2
+    return envelope * sum(sine(120 * k, seconds, rate, 0.3 / k) for k in range(1, 12))
+
+
+def wav_bytes(wave, rate=RATE, **options):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, rate, **{"format": "WAV", **options})
+    return bytearray(buffer.getvalue())
+
+
+def save(path, data):
+    path.write_bytes(bytes(data))
+    return path
+
+
+# --- formats -----------------------------------------------------------------------------------------------------------
+
+# Tolerance: largest relative RMS difference from the original. Half a step of s16 is 1.5e-5 of full scale, of u8 4e-3;
+# the lossy figures are round numbers above what libsndfile 1.2.2 gives.
+FORMATS = [
+    ("WAV", "PCM_U8", 3e-2),
+    ("WAV", "PCM_16", 2e-4),
+    ("WAV", "PCM_24", 2e-6),
+    ("WAV", "PCM_32", 1e-6),
+    ("WAV", "FLOAT", 1e-6),
+    ("WAV", "DOUBLE", 1e-6),
+    ("WAV", "ULAW", 3e-2),
+    ("WAV", "ALAW", 3e-2),
+    ("WAV", "IMA_ADPCM", 3e-2),
+    ("WAV", "MS_ADPCM", 3e-2),
+    ("RF64", "PCM_16", 2e-4),
+    ("W64", "PCM_16", 2e-4),
+    ("WAVEX", "PCM_16", 2e-4),
+    ("AIFF", "PCM_16", 2e-4),
+    ("AU", "PCM_16", 2e-4),
+    ("CAF", "PCM_16", 2e-4),
+    ("NIST", "PCM_16", 2e-4),
+    ("FLAC", "PCM_16", 2e-4),
+    ("OGG", "VORBIS", 0.1),
+    ("OGG", "OPUS", 0.15),
+    ("MP3", "MPEG_LAYER_III", 0.1),
+]
+
+
+@pytest.mark.parametrize("format, subtype, tolerance", FORMATS)
+def test_every_format_gives_the_same_signal(tmp_path, format, subtype, tolerance):
+    wave = speechlike()
+    soundfile.write(tmp_path / "x.bin", wave, RATE, format=format, subtype=subtype)  # the extension says nothing
+    read = audio.load(tmp_path / "x.bin")
+    assert read.dtype == np.float32 and read.ndim == 1
+    assert len(wave) <= len(read) <= len(wave) + 2100  # ADPCM pads its last block
+    error = read[: len(wave)] - wave
+    assert np.sqrt(np.mean(error**2) / np.mean(wave**2)) < tolerance
+    assert audio.duration(tmp_path / "x.bin") == pytest.approx(len(read) / RATE, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["x.mp3", "x.raw", "x.vox", "x.flac", "x", "x.txt"])
+def test_the_extension_does_not_matter(tmp_path, name):
+    wave = speechlike(0.2).astype(np.float32)
+    read = audio.load(save(tmp_path / name, wav_bytes(wave, subtype="FLOAT")))
+    np.testing.assert_array_equal(read, wave)
+
+
+def test_levels_are_kept_beyond_full_scale(tmp_path):
+    wave = sine(100, amplitude=1.5).astype(np.float32)
+    assert np.abs(audio.load(save(tmp_path / "x.wav", wav_bytes(wave, subtype="FLOAT")))).max() == wave.max()
+
+
+@pytest.mark.parametrize("wave", [np.zeros(500), np.full(500, 0.7), np.eye(1, 500, 250)[0], np.full(500, 1e-42)])
+def test_silence_dc_click_and_denormals_are_audio(tmp_path, wave):
+    read = audio.load(save(tmp_path / "x.wav", wav_bytes(wave, subtype="FLOAT")))
+    np.testing.assert_array_equal(read, wave.astype(np.float32))
+
+
+# --- rates -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 44_101, 48_000, 96_000, 192_000, 1_000_000])
+def test_resampling_keeps_amplitude_and_phase(tmp_path, rate):
+    path = save(tmp_path / "x.wav", wav_bytes(sine(1000, rate=rate), rate, subtype="FLOAT"))
+    read = audio.load(path)
+    assert len(read) == RATE
+    inner = slice(800, -800)  # the filter rings at the edges
+    np.testing.assert_allclose(read[inner], sine(1000)[inner], atol=1e-4)
+    np.testing.assert_array_equal(audio.resample(sine(1000, rate=rate).astype(np.float32), rate), read)
+
+
+@pytest.mark.parametrize("rate", [44_100, 48_000])
+def test_a_tone_above_the_new_band_vanishes(tmp_path, rate):
+    read = audio.load(save(tmp_path / "x.wav", wav_bytes(sine(10_000, rate=rate), rate, subtype="FLOAT")))
+    assert np.sqrt(np.mean(read[800:-800] ** 2)) < 0.5 / np.sqrt(2) * 10 ** (-60 / 20)
+
+
+def test_resampling_against_scipy():
+    signal = pytest.importorskip("scipy.signal")
+    wave = speechlike(1.0, 48_000)
+    expected = signal.resample_poly(wave, 1, 3)
+    np.testing.assert_allclose(audio.resample(wave, 48_000)[800:-800], expected[800:-800], atol=1e-3)
+
+
+def test_resample_refuses_what_is_not_a_waveform():
+    for wave in (np.zeros((2, 100), np.float32), np.zeros(100, np.int16)):
+        with pytest.raises(UsageError, match="expected a waveform"):
+            audio.resample(wave, 8000)
+    with pytest.raises(UsageError, match="sampling rate"):
+        audio.resample(np.zeros(100), 0)
+    assert audio.resample(np.zeros(0), 8000).shape == (0,)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 1_000_001, 2**31 - 1])
+def test_absurd_rates(tmp_path, rate):
+    data = wav_bytes(np.zeros(1000))
+    data[24:28] = struct.pack("<I", rate)
+    with pytest.raises(audio.UnreadableAudioError, match=f"{rate} Hz"):
+        audio.load(save(tmp_path / "x.wav", data))
+
+
+# --- channels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [2, 6, 8, 64])
+def test_mixdown_is_the_mean(tmp_path, channels):
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, (3000, channels))
+    path = save(tmp_path / "x.wav", wav_bytes(wave, subtype="DOUBLE", format="WAVEX"))
+    np.testing.assert_allclose(audio.load(path), wave.mean(axis=1), atol=1e-6)
+
+
+def test_one_channel_of_many_is_no_cancellation(tmp_path):
+    wave = np.zeros((3000, 8))
+    wave[:, 3] = sine(200, 3000 / RATE)
+    np.testing.assert_allclose(audio.load(save(tmp_path / "x.wav", wav_bytes(wave))), wave[:, 3] / 8, atol=1e-4)
+
+
+def test_cancelling_channels_warn(tmp_path):
+    wave = speechlike()
+    path = save(tmp_path / "x.wav", wav_bytes(np.stack([wave, -0.95 * wave], axis=1)))
+    with pytest.warns(audio.AudioWarning, match=r"2 channels of .*x\.wav cancel"):
+        audio.load(path)
+
+
+# --- parts and blocks --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rate=st.sampled_from([16_000, 44_100, 8_000]),
+    frames=st.integers(1, 30_000),
+    block=st.floats(0.001, 3),
+    chunk=st.sampled_from([64, 1000, 2**18]),
+)
+def test_blocks_do_not_depend_on_their_size(tmp_path_factory, rate, frames, block, chunk):
+    path = tmp_path_factory.mktemp("blocks") / "x.wav"
+    save(path, wav_bytes(np.random.default_rng(frames).uniform(-1, 1, (frames, 2)), rate))
+    if round(frames * RATE / rate) == 0:
+        return
+    whole = audio.load(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audio, "_CHUNK", chunk)
+        parts = list(audio.blocks(path, block_seconds=block))
+    size = max(1, round(block * RATE))
+    assert all(len(part) == size for part in parts[:-1]) and 1 <= len(parts[-1]) <= size
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert abs(len(whole) - frames * RATE / rate) <= 0.5
+
+
+@pytest.mark.parametrize("format, subtype", [("WAV", "PCM_16"), ("WAV", "GSM610"), ("FLAC", None), ("OGG", "VORBIS")])
+def test_start_and_end(tmp_path, format, subtype):
+    soundfile.write(tmp_path / "x", speechlike(2), RATE, format=format, subtype=subtype)  # GSM cannot seek
+    whole = audio.load(tmp_path / "x")
+    np.testing.assert_array_equal(audio.load(tmp_path / "x", 0.5, 1.25), whole[8000:20000])
+    np.testing.assert_array_equal(audio.load(tmp_path / "x", 1.5), whole[24000:])
+    np.testing.assert_array_equal(audio.load(tmp_path / "x", None, 99), whole)
+    np.testing.assert_array_equal(audio.load(tmp_path / "x", 1.0, float("inf")), whole[16000:])
+    with pytest.raises(audio.EmptyAudioError, match=r"nothing after 2\.5 s: it ends at 2 s"):
+        audio.load(tmp_path / "x", 2.5)
+
+
+def test_a_part_of_another_rate(tmp_path):
+    path = save(tmp_path / "x.wav", wav_bytes(sine(1000, 2, 48_000), 48_000, subtype="FLOAT"))
+    part = audio.load(path, 0.5, 1.5, 8000)
+    np.testing.assert_allclose(part[400:-400], sine(1000, 1, 8000)[400:-400], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"start": -1}, {"start": 2, "end": 1}, {"end": 0}, {"start": float("nan")}, {"end": float("nan")}]
+    + [{"sampling_rate": 0}, {"block_seconds": 0}, {"block_seconds": float("inf")}, {"start": float("inf")}],
+)
+def test_senseless_requests(tmp_path, options):
+    path = save(tmp_path / "x.wav", wav_bytes(np.zeros(1000)))
+    with pytest.raises(UsageError):
+        next(audio.blocks(path, **options))
+
+
+def test_a_long_file_takes_no_memory(tmp_path):
+    with soundfile.SoundFile(tmp_path / "x.flac", "w", 48_000, 2) as file:
+        for _ in range(10):
+            file.write(np.zeros((48_000 * 60, 2), np.int16))
+    tracemalloc.start()
+    try:
+        total = sum(len(block) for block in audio.blocks(tmp_path / "x.flac", block_seconds=5))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert total == 600 * RATE
+    assert peak < 10e6  # the ten minutes are 230 MB as float32
+
+
+# --- bad values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38, -32768.0])
+@pytest.mark.parametrize("frame", [0, 12_345, 399_999])
+def test_bad_values_are_named_with_their_place(tmp_path, value, frame):
+    wave = np.zeros((400_000, 2), np.float32)
+    wave[frame, 1] = value
+    path = save(tmp_path / "x.wav", wav_bytes(wave, 8000, subtype="FLOAT"))
+    place = rf"at {frame / 8000:g}\d* s \(sample {frame}, channel 2 of 2\)"
+    with pytest.raises(audio.NonFiniteAudioError, match=place):
+        audio.load(path)
+    start = max(0.0, frame / 8000 - 1)
+    with pytest.raises(audio.NonFiniteAudioError, match=place):
+        audio.load(path, start=start)
+
+
+def test_a_double_that_overflows_float32(tmp_path):
+    with pytest.raises(audio.NonFiniteAudioError):
+        audio.load(save(tmp_path / "x.wav", wav_bytes(np.full(10, 1e300), subtype="DOUBLE")))
+
+
+# --- bad files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data, error",
+    [
+        (b"", audio.EmptyAudioError),
+        (wav_bytes(np.zeros(0)), audio.EmptyAudioError),
+        (wav_bytes(np.zeros(10))[:44], audio.EmptyAudioError),  # the header only
+        (wav_bytes(np.zeros(10))[:30], audio.UnreadableAudioError),  # half a header
+        (b"RIFF", audio.UnreadableAudioError),
+        (b"%PDF-1.7\n" * 99, audio.UnreadableAudioError),
+        (b"\0" * 5000, audio.UnreadableAudioError),
+    ],
+)
+def test_empty_and_other_files(tmp_path, data, error):
+    path = save(tmp_path / "x.wav", data)
+    for function in (audio.load, audio.duration):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(error, match=r"x\.wav"):
+                function(path)
+
+
+def test_one_sample(tmp_path):
+    np.testing.assert_array_equal(audio.load(save(tmp_path / "x.wav", wav_bytes(np.array([0.5])))), [0.5])
+    with pytest.raises(audio.EmptyAudioError, match="too short: 1 samples at 192000 Hz"):
+        audio.load(save(tmp_path / "y.wav", wav_bytes(np.array([0.5]), 192_000)))
+
+
+def test_missing_files(tmp_path):
+    for name in ("nothing.wav", "x.wav/y.wav", "a\0b"):
+        save(tmp_path / "x.wav", wav_bytes(np.zeros(10)))
+        for function in (audio.load, audio.duration):
+            with pytest.raises(UsageError, match="no such audio file"):
+                function(str(tmp_path / name))
+
+
+def test_what_is_not_a_regular_file(tmp_path):
+    (tmp_path / "x.wav").mkdir()
+    with pytest.raises(audio.UnreadableAudioError, match="is a directory"):
+        audio.load(tmp_path / "x.wav")
+    if sys.platform == "win32":
+        return
+    os.mkfifo(tmp_path / "fifo.wav")
+    os.symlink("loop.wav", tmp_path / "loop.wav")
+    for path in (tmp_path / "fifo.wav", "/dev/zero", "/dev/null"):
+        with pytest.raises(audio.UnreadableAudioError, match="not a regular file"):
+            audio.load(path)
+    with pytest.raises(audio.UnreadableAudioError, match="cannot read"):
+        audio.load(tmp_path / "loop.wav")
+
+
+@pytest.mark.parametrize("size", [33_000, 0x7FFFFFFF, 0xFFFFFFFE])
+def test_a_header_that_promises_too_much(tmp_path, size):
+    wave = speechlike()
+    data = wav_bytes(wave)
+    data[40:44] = struct.pack("<I", size)
+    with pytest.warns(audio.AudioWarning, match=f"{size} bytes promised, 32000 found"):
+        read = audio.load(save(tmp_path / "x.wav", data))
+    np.testing.assert_allclose(read, wave, atol=1e-4)
+
+
+def test_a_data_chunk_of_size_zero(tmp_path):
+    data = wav_bytes(speechlike())
+    data[40:44] = struct.pack("<I", 0)
+    with pytest.raises(audio.EmptyAudioError):
+        audio.load(save(tmp_path / "x.wav", data))
+
+
+def test_garbage_after_the_data_is_not_read(tmp_path):
+    wave = speechlike()
+    read = audio.load(save(tmp_path / "x.wav", wav_bytes(wave) + b"\xff\x7f" * 500))
+    assert len(read) == len(wave)
+
+
+# Ogg is not here: the end of its stream is wherever it ends. FLAC loses up to a block of 4096, MP3 a few frames.
+@pytest.mark.parametrize(
+    "format, subtype, lost",
+    [("WAV", "PCM_16", 0), ("AIFF", "PCM_16", 0), ("AU", "PCM_16", 0), ("FLAC", "PCM_16", 4096), ("MP3", None, 4096)],
+)
+def test_what_is_left_of_a_truncated_file_is_read(tmp_path, format, subtype, lost):
+    wave = np.random.default_rng(0).uniform(-0.1, 0.1, 64_000)  # noise: every second takes as many bytes
+    soundfile.write(tmp_path / "whole", wave, RATE, format=format, subtype=subtype)
+    data = (tmp_path / "whole").read_bytes()
+    with pytest.warns(audio.AudioWarning, match="truncated"):
+        read = audio.load(save(tmp_path / "x", data[: len(data) * 3 // 4]))
+    assert 48_000 - lost - 100 <= len(read) <= 48_000
+    whole = audio.load(tmp_path / "whole")
+    np.testing.assert_array_equal(read[:-1200], whole[: len(read) - 1200])  # MP3: the last frame needs its successor
+
+
+def test_a_damaged_flac_is_read_up_to_the_damage(tmp_path):
+    wave = np.random.default_rng(0).uniform(-0.1, 0.1, 40_000)
+    soundfile.write(tmp_path / "whole", wave, RATE, format="FLAC")
+    data = bytearray((tmp_path / "whole").read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    with pytest.warns(audio.AudioWarning, match="truncated or damaged"):
+        read = audio.load(save(tmp_path / "x", data))
+    assert len(read) >= 12_000
+    np.testing.assert_allclose(read, wave[: len(read)], atol=1e-4)
+    data[200] ^= 0xFF
+    with pytest.raises(audio.UnreadableAudioError, match="nothing can be decoded"):
+        audio.load(save(tmp_path / "y", data))
+
+
+@pytest.mark.parametrize("frames", [0, 2**36 - 1])
+def test_a_flac_stream_of_unknown_or_absurd_length(tmp_path, frames):
+    wave = speechlike()
+    soundfile.write(tmp_path / "x", wave, RATE, format="FLAC")
+    data = bytearray((tmp_path / "x").read_bytes())
+    data[21] = data[21] & 0xF0 | frames >> 32  # total samples: 36 bits of STREAMINFO, RFC 9639 section 8.2
+    data[22:26] = struct.pack(">I", frames & 0xFFFFFFFF)
+    save(tmp_path / "x", data)
+    if frames:
+        with pytest.warns(audio.AudioWarning, match="truncated or damaged"):
+            read = audio.load(tmp_path / "x")
+    else:
+        read = audio.load(tmp_path / "x")
+        assert audio.duration(tmp_path / "x") == 1.0
+    np.testing.assert_allclose(read, wave, atol=1e-4)
+
+
+_SEEDS = [wav_bytes(speechlike(0.05)), wav_bytes(speechlike(0.05), format="FLAC")]
+_SEEDS += [wav_bytes(speechlike(0.05), format=f) for f in ("AIFF", "OGG", "CAF", "AU")]
+_SEEDS += [wav_bytes(speechlike(0.05), format="WAV", subtype=s) for s in ("IMA_ADPCM", "FLOAT")]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    data=st.binary(max_size=300)
+    | st.builds(
+        lambda seed, changes, cut: _changed(_SEEDS[seed], changes, cut),
+        st.integers(0, len(_SEEDS) - 1),
+        st.lists(st.tuples(st.integers(0, 200), st.binary(min_size=1, max_size=4)), max_size=4),
+        st.integers(0, 3000),
+    )
+)
+def test_no_bytes_crash(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "fuzz.wav"
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            wave = audio.load(path, end=60)
+        except audio.AudioError as error:
+            assert "fuzz.wav" in str(error)
+        else:
+            assert wave.dtype == np.float32 and len(wave) and np.isfinite(wave).all()
+
+
+def _changed(data, changes, cut):
+    data = bytearray(data)
+    for place, value in changes:
+        data[place : place + len(value)] = value
+    return bytes(data[: len(data) - cut])
+
+
+# --- names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows forbids such names")
+@pytest.mark.parametrize("name", [b"a b.wav", b"a\nb.wav", "😀.wav".encode(), b"\xff\xfe.wav", b"-x.wav", b"-", b"\"'\\"])
+def test_any_file_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    try:
+        with open(name, "wb") as file:
+            file.write(wav_bytes(np.full(100, 0.5)))
+    except OSError:
+        pytest.skip("this file system refuses the name")
+    for path in (name, os.fsdecode(name), tmp_path / os.fsdecode(name)):
+        np.testing.assert_array_equal(audio.load(path), np.full(100, 0.5, np.float32))
+        assert audio.duration(path) == 100 / RATE
+    with open(name, "wb"):
+        pass
+    with pytest.raises(audio.EmptyAudioError) as caught:
+        audio.load(name)
+    str(caught.value).encode()
+    assert "\n" not in str(caught.value)
+
+
+def test_printable():
+    assert audio.printable(b"a\xff\nb \xf0\x9f\x98\x80") == "a\\udcff\\nb 😀"

@@ -1,0 +1,280 @@
+"""Export against the Flax module itself, and against audEERING's loader, on students whose every parameter matters."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import pytest
+
+from w2s_jax import checkpoint, models
+from w2s_jax.artifacts import UsageError, W2SError
+from w2s_jax.runtime import Predictor
+
+for package in ("tensorflow", "tf2onnx"):
+    pytest.importorskip(package, reason="needs pip install 'w2s-jax[export]'")
+
+from w2s_jax.export import deploy, export_student, package  # noqa: E402
+from w2s_jax.export import onnx as graph  # noqa: E402
+
+STUDENTS = {  # fields off the defaults show whether the inference form reads them
+    "wav2small": {},
+    "wav2small_17k": {"channels": 9, "n_fft": 128, "hop": 48, "n_mels": 20},
+}
+TEACHER = {
+    "name": "someone/teacher",
+    "fingerprint": "0123456789abcdef",
+    "licence": "CC BY-NC-SA 4.0",
+    "stand_in": True,
+    "dimensions": ["arousal", "dominance", "valence"],
+}
+
+
+def speech(seed, seconds=1.5):
+    """Something like speech: a buzz of changing pitch through two moving resonances, in syllables, with breath."""
+    generator = np.random.default_rng(seed)
+    time = np.arange(int(seconds * 16_000)) / 16_000
+    pitch = generator.uniform(90, 240) * (1 + 0.15 * np.sin(2 * np.pi * generator.uniform(0.5, 2) * time))
+    phase = 2 * np.pi * np.cumsum(pitch) / 16_000
+    formants = [centre * (1 + 0.2 * np.sin(2 * np.pi * generator.uniform(1, 4) * time)) for centre in (600, 1700)]
+    harmonics = np.arange(1, 30)[:, None]
+    gains = sum(np.exp(-(((harmonics * pitch - formant) / 300) ** 2)) for formant in formants) + 0.02
+    syllables = np.clip(np.sin(2 * np.pi * generator.uniform(2, 5) * time + generator.uniform(0, 6)), 0, 1)
+    wave = syllables * (gains * np.sin(harmonics * phase)).sum(axis=0) + 0.01 * generator.normal(size=len(time))
+    return (0.1 * generator.uniform(0.3, 3) * wave).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def waves():
+    return [speech(seed, seconds) for seed, seconds in enumerate(np.linspace(0.8, 2.0, 16))]
+
+
+def make_student(directory, name, fields, waves):
+    """Random weights; BatchNorm with the moments of real activations and scales and shifts unlike 1 and 0; outputs up to 1."""
+    student = models.build(name, **fields)
+    variables = jax.tree.map(np.asarray, dict(student.init(jax.random.key(1), jnp.zeros((1, 16_000)))))
+    batch = np.stack([np.resize(wave, 16_000) for wave in waves[:8]])
+    _, update = student.apply(variables, batch, train=True, mutable=["batch_stats"])
+    # what training would converge to, from one step of a running mean with momentum 0.9
+    variables["batch_stats"] = jax.tree.map(
+        lambda old, new: (np.asarray(new) - 0.9 * old) / 0.1, variables["batch_stats"], update["batch_stats"]
+    )
+    generator = np.random.default_rng(2)
+
+    def disturbed(leaf):
+        leaf = leaf * generator.uniform(0.7, 1.3, leaf.shape) + generator.normal(0, 0.05, leaf.shape)
+        return leaf.astype(np.float32)
+
+    variables["params"] = jax.tree.map(disturbed, variables["params"])
+    loudest = max(np.abs(student.apply(variables, wave)).max() for wave in (batch, np.zeros((1, 16_000), np.float32)))
+    variables["params"]["adv"]["kernel"] /= loudest
+    about = {"dimensions": TEACHER["dimensions"], "teacher": TEACHER}
+    checkpoint.save_student(directory, name, {"dimensions": 3, **fields}, variables, about)
+    return directory
+
+
+@pytest.fixture(scope="module", params=STUDENTS)
+def place(request, tmp_path_factory, waves):
+    place = tmp_path_factory.mktemp(request.param)
+    make_student(place / "run" / "student", request.param, STUDENTS[request.param], waves)
+    return place
+
+
+@pytest.fixture(scope="module")
+def exported(place, waves):
+    lines = []
+    # the judgement of int8 needs a trained student: random weights look at single frames
+    report = export_student(place / "run", place / "model", waves, progress=lines.append, min_int8_ccc=-1)
+    assert lines
+    return place, report
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_inference_form_equals_the_trained_module(place, waves, block):
+    student, variables, _ = checkpoint.load_student(place / "run")
+    forward, apply = jax.jit(deploy.deploy(student, variables, block)), jax.jit(student.apply)
+    for wave in (waves[0], 0 * waves[0], waves[1][: student.n_fft]):
+        np.testing.assert_allclose(forward(wave[None]), apply(variables, wave[None]), atol=2e-5)
+
+
+def test_report(exported):
+    place, report = exported
+    assert report == json.loads((place / "model" / "export.json").read_text())
+    sizes = {file.name: file.stat().st_size for file in (place / "model").iterdir()}
+    assert sizes.pop("export.json")
+    assert report["files"] == sizes
+    assert sorted(sizes) == [
+        "README.md", "config.json", "model.int8.onnx", "model.onnx", "model.safetensors", "model.yaml",
+    ]  # fmt: skip
+    assert report["parity"]["max_difference"] <= report["parity"]["limit"] == 1e-4
+    assert max(report["parity"]["lengths"]) == 960_000
+    assert report["parity"]["signals"] == ["noise", "silence", "audio"]
+    assert report["int8"]["views"] == 4  # every fourth of the calibration waves
+    assert report["int8"]["calibration_waves"] == 12
+    assert set(report["int8"]["ccc"]) == {"arousal", "dominance", "valence"}
+    assert max(report["passes"].values()) <= graph.PASS_LIMIT
+    assert {"jax", "tf2onnx", "onnxruntime"} <= set(report["versions"])
+    assert list(place.glob("*.tmp*")) == []
+
+
+def test_three_readers_agree(exported, waves):
+    audonnx = pytest.importorskip("audonnx")
+    place, _ = exported
+    student, variables, _ = checkpoint.load_student(place / "run")
+    predictor, other = Predictor(place / "model"), audonnx.load(str(place / "model"))
+    assert other.labels("logits") == list(predictor.dimensions) == TEACHER["dimensions"]
+    for length in (student.n_fft, 997, 4001, 20_011):
+        wave = np.resize(waves[3], length)
+        expected = np.asarray(student.apply(variables, wave[None]))[0]
+        np.testing.assert_allclose(list(predictor(wave).values()), expected, atol=1e-4)
+        np.testing.assert_allclose(np.ravel(other(wave, 16_000, outputs="logits")), expected, atol=1e-4)
+
+
+def test_int8_follows_fp32(exported, waves):
+    place, report = exported
+    fp32, int8 = (Predictor(place / "model", kind=kind) for kind in ("fp32", "int8"))
+    values = [[list(predictor(wave).values()) for wave in waves] for predictor in (fp32, int8)]
+    spread = np.std(values[0], axis=0).max()
+    assert np.abs(np.subtract(*values)).mean() < 0.2 * spread
+    if report["files"]["model.onnx"] > 200_000:  # the other one is mostly Fourier kernels
+        assert report["files"]["model.int8.onnx"] < 0.4 * report["files"]["model.onnx"]
+
+
+def test_file_describes_itself(exported):
+    place, _ = exported
+    config = json.loads((place / "run" / "student" / "config.json").read_text())
+    for kind in ("fp32", "int8"):
+        predictor = Predictor(place / "model", kind=kind)
+        about = predictor.metadata
+        assert about["kind"] == kind
+        assert about["student"] == config["student"]
+        assert json.loads(about["fields"]) == config["fields"]
+        assert about["dimensions"] == "arousal,dominance,valence"
+        assert (about["sampling_rate"], about["minimum_samples"]) == ("16000", str(config["fields"].get("n_fft", 64)))
+        assert about["teacher"] == "someone/teacher"
+        assert about["teacher_fingerprint"] == "0123456789abcdef"
+        assert about["licence"] == "CC BY-NC-SA 4.0"
+        assert about["stand_in"] == "true"
+        assert about["source"] == "arXiv 2408.13920"
+        assert "STAND-IN" in str(predictor)
+        if config["student"] == "wav2small":
+            assert about["parameters"] == "72659"  # the paper's 72K
+    model = onnx.load(place / "model" / "model.onnx")
+    ends = {end.name: end.type.tensor_type.shape.dim for end in (*model.graph.input, *model.graph.output)}
+    sizes = {name: [size.dim_param or size.dim_value for size in shape] for name, shape in ends.items()}
+    assert sizes == {"signal": [1, "time"], "logits": [1, 3]}
+
+
+def test_model_card(exported):
+    yaml = pytest.importorskip("yaml")
+    place, _ = exported
+    card = (place / "model" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license"] == "cc-by-nc-sa-4.0"
+    assert front["base_model"] == "someone/teacher"
+    assert front["pipeline_tag"] == "audio-classification"
+    assert "Stand-in" in card
+    assert "CC BY-NC-SA 4.0" in card
+
+
+def test_clean_graph(exported):
+    place, _ = exported
+    kinds = [node.op_type for node in onnx.load(place / "model" / "model.onnx").graph.node]
+    assert kinds.count("Relu") == 7
+    assert "Expand" not in kinds  # no broadcast is written out
+    assert len(kinds) < 70  # no arithmetic on the length is left
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, waves):
+    return make_student(tmp_path_factory.mktemp("small"), "wav2small_17k", {"channels": 4}, waves)
+
+
+def test_no_parity_no_directory(small, tmp_path, monkeypatch):
+    def wrong(student, variables, block=1):
+        right = deploy.deploy(student, variables, block)
+        return lambda wave: right(wave) + 2e-4
+
+    monkeypatch.setattr(package, "deploy", wrong)
+    with pytest.raises(W2SError, match=r"differ by 0.0002.* samples of noise; the limit is 1e-04, nothing was written"):
+        export_student(small, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_poor_int8_is_refused(small, tmp_path, waves, monkeypatch):
+    monkeypatch.setattr(package, "PARITY_LENGTHS", ())
+    with pytest.raises(W2SError, match=r"int8 is too far from fp32: CCC .* at least 2 expected"):
+        export_student(small, tmp_path / "model", waves, min_int8_ccc=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_graph_pass_is_left_out(small, tmp_path, monkeypatch):
+    def wrong(model):
+        for node in model.graph.node:
+            if node.op_type == "Relu":
+                node.op_type = "Abs"
+
+    monkeypatch.setattr(graph, "bias_into_conv", wrong)
+    monkeypatch.setattr(package, "PARITY_LENGTHS", (16_000,))
+    lines = []
+    report = export_student(small, tmp_path / "model", progress=lines.append)
+    assert report["passes"]["wrong"] > graph.PASS_LIMIT
+    assert any("left out graph passes that would change the outputs: wrong" in line for line in lines)
+    assert report["int8"] == {"skipped": "no calibration audio was given"}
+    assert not (tmp_path / "model" / "model.int8.onnx").exists()
+
+
+def test_export_replaces_models_only(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "PARITY_LENGTHS", ())
+    (tmp_path / "model").mkdir()
+    for name in ("export.json", "left.over"):
+        (tmp_path / "model" / name).touch()
+    export_student(small, tmp_path / "model")
+    assert not (tmp_path / "model" / "left.over").exists()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1").touch()
+    with pytest.raises(UsageError, match="thesis exists and is not a model directory"):
+        export_student(small, tmp_path / "thesis")
+    with pytest.raises(UsageError, match="exists and is not a model directory"):
+        export_student(small, small)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "thesis"]
+
+
+def test_unfit_waves(small, tmp_path, waves):
+    for calibration, check, says in (
+        (waves[:7], None, "at least 8 calibration waves, got 7"),
+        ([*waves, np.zeros((2, 99), np.float32)], None, r"calibration wave 16: expected float32 \[T\]"),
+        ([*waves, np.zeros(10, np.float32)], None, "T >= 64"),
+        (waves, [waves[0]], "at least 2 check waves"),
+        (waves, [waves[0], np.full(99, np.nan, np.float32)], "check wave 1 is not finite"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            export_student(small, tmp_path / "model", calibration, check)
+
+
+def test_environments_that_cannot_export(small, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "__version__", "0.10.1")
+        with pytest.raises(UsageError, match=r"jax 0.10.1 cannot export.*pip install 'w2s-jax\[export\]'.*carried over"):
+            export_student(small, tmp_path / "model")
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)
+    with pytest.raises(UsageError, match=r"tf2onnx is not installed.*w2s-jax\[export\]"):
+        export_student(small, tmp_path / "model")
+
+
+def test_any_other_student_is_exported_as_it_is():
+    class Other(nn.Module):  # one that deploy() does not know
+        @nn.compact
+        def __call__(self, wave):
+            x = nn.relu(nn.Conv(4, (64,), strides=32, padding="VALID")(wave[:, :, None]))
+            return nn.Dense(2)(x.mean(axis=1))
+
+    student, noise = Other(), [np.random.default_rng(n).normal(size=4000 + n).astype(np.float32) for n in range(3)]
+    variables = student.init(jax.random.key(0), jnp.zeros((1, 4000)))
+    model, _ = graph.simplify(graph.convert(deploy.deploy(student, variables), 2, 64), noise)
+    expected = [np.asarray(student.apply(variables, wave[None]))[0] for wave in noise]
+    np.testing.assert_allclose(graph.run(model, noise), expected, atol=1e-5)

@@ -1,0 +1,246 @@
+"""Losses, data order, and runs that end where an unbroken run ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from w2s_jax import checkpoint, config, metrics, models, teachers
+from w2s_jax import labels as store
+from w2s_jax import train as training
+from w2s_jax.artifacts import MismatchError, UsageError, W2SError
+from w2s_jax.evaluate import evaluate, predict_views
+from w2s_jax.label import label
+from w2s_jax.losses import ccc, distillation_loss
+
+TINY = ["fields.channels=2", "steps=12", "batch_size=6", "eval_every=4", "log_every=2"]
+
+
+@pytest.fixture(scope="session")
+def labels(bank, views, tmp_path_factory):
+    out = tmp_path_factory.mktemp("labels") / "labels"
+    label(bank, views, teachers.load("acoustic"), out)
+    return store.read(out, views)
+
+
+@pytest.fixture(scope="session")
+def run(bank, views, labels, tmp_path_factory):
+    """An unbroken run and its summary."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, training.train(config.load("wav2small", TINY), bank, views, labels, workdir)
+
+
+def trained(workdir):
+    """What a run leaves, without the figures of its speed."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("clips_per_second", None)
+    return lines, (workdir / "student" / "model.safetensors").read_bytes(), (workdir / "student" / "config.json").read_text()
+
+
+def test_ccc_is_lins():
+    # Lin 1989 by numpy's own moments
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 3)).astype(np.float32)
+    y = (0.5 * x + rng.standard_normal((200, 3)) + [0, 1, 5]).astype(np.float32)
+    for d in range(3):
+        c = np.cov(x[:, d], y[:, d], bias=True)
+        expected = 2 * c[0, 1] / (c[0, 0] + c[1, 1] + (x[:, d].mean() - y[:, d].mean()) ** 2)
+        np.testing.assert_allclose(ccc(x, y)[d], expected, rtol=1e-5)
+
+
+@given(st.floats(-100, 100, width=32), st.floats(-100, 100, width=32), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_loss_and_gradient_are_finite_without_spread(p, t, same):
+    prediction, target = jnp.full((4, 2), p), jnp.full((4, 2), p if same else t)
+    (loss, _), gradient = jax.value_and_grad(distillation_loss, has_aux=True)(prediction, target, l2=0.1)
+    assert jnp.isfinite(loss)
+    assert jnp.isfinite(gradient).all()
+
+
+def test_loss_shapes_are_checked():
+    with pytest.raises(ValueError, match=r"\(4, 1\)"):
+        ccc(jnp.zeros((4, 1)), jnp.zeros((4, 3)))
+
+
+def test_batches_depend_on_seed_and_step_only():
+    samples = np.array([100] * 37 + [200] * 11)
+    one, two = (training.Batches(samples, 8, 200, seed=1) for _ in range(2))
+    for step in (150, 3, 77):  # in any order
+        assert one(step)[0] == two(step)[0]
+        np.testing.assert_array_equal(one(step)[1], two(step)[1])
+    seen = {100: [], 200: []}
+    for step in range(200):
+        length, rows = one(step)
+        assert (samples[rows] == length).all()
+        seen[length] += list(rows)
+    for length, members in ((100, 37), (200, 11)):  # epochs: nothing a second time before all were there once
+        for epoch in range(len(seen[length]) // members):
+            assert len(set(seen[length][epoch * members : (epoch + 1) * members])) == members
+
+
+def small_step(axis_name=None):
+    student = models.build("wav2small", channels=2, axis_name=axis_name)
+    variables = models.build("wav2small", channels=2).init(jax.random.key(0), jnp.zeros((1, 640)))
+    optimizer = optax.sgd(0.1)
+    state = training.State(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        optimizer=optimizer.init(variables["params"]),
+        average=(variables["params"], variables["batch_stats"]),
+    )
+
+    def step(state, batch):
+        return training.train_step(
+            state, batch, student=student, frontend=variables["frontend"], optimizer=optimizer, l2=0.1, axis_name=axis_name
+        )
+
+    return step, state
+
+
+def test_pmap_with_an_axis_name_is_jit():
+    # one device here; several are compared where they exist. The reductions are all in the graph either way.
+    rng = np.random.default_rng(0)
+    batch = rng.standard_normal((6, 1000)).astype(np.float32), rng.standard_normal((6, 3)).astype(np.float32)
+    step, state = small_step()
+    expected, measured = jax.jit(step)(state, batch)
+    step, state = small_step("batch")
+    n = 1
+    parallel, parallel_measured = jax.pmap(step, axis_name="batch", in_axes=(None, 0))(
+        state, jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
+    )
+    np.testing.assert_allclose(parallel_measured["loss"][0], measured["loss"], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(expected.params), jax.tree.leaves(parallel.params), strict=True):
+        np.testing.assert_allclose(b[0], a, atol=1e-5)
+
+
+def test_a_scan_is_its_steps():
+    step, state = small_step()
+    rng = np.random.default_rng(0)
+    waves, targets = rng.standard_normal((3, 4, 700)).astype(np.float32), rng.standard_normal((3, 4, 3)).astype(np.float32)
+    scanned, measured = jax.jit(lambda s, x: training._scan(step, s, x))(state, (waves, targets))
+    for at in range(3):
+        state, one = jax.jit(step)(state, (waves[at], targets[at]))
+        np.testing.assert_allclose(measured["loss"][at], one["loss"], rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(scanned.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_run_leaves_what_is_promised(run, labels):
+    workdir, summary = run
+    lines, *_ = trained(workdir)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [4, 8, 12]
+    best = max((line for line in lines if line["kind"] == "validation"), key=lambda line: line["ccc/mean"])
+    assert summary["best_step"] == best["step"]
+    assert list((workdir / "tensorboard").glob("events*"))
+    student, variables, about = checkpoint.load_student(workdir)
+    assert about["teacher"]["stand_in"] is True
+    assert student.apply(variables, np.zeros((1, 640), np.float32)).shape == (1, len(labels.dimensions))
+
+
+def test_the_student_speaks_in_the_labels_units(run, bank, views, labels):
+    """The CCC in config.json was computed before the unit was folded into the weights; it must hold after."""
+    student, variables, about = checkpoint.load_student(run[0])
+    rows = views.where("validation")
+    predicted = predict_views(jax.jit(lambda waves: student.apply(variables, waves)), bank, views, rows)
+    scores = metrics.ccc(predicted, labels.values[rows])
+    np.testing.assert_allclose(scores, [about["validation_ccc"][name] for name in labels.dimensions], atol=1e-5)
+
+
+def test_an_interrupted_run_ends_bit_for_bit_the_same(run, bank, views, labels, tmp_path):
+    settings = config.load("wav2small", TINY)
+
+    def stop_at_seven(done, *_, **__):
+        if done == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(training.Interrupted) as stopped:
+        training.train(settings, bank, views, labels, tmp_path, progress=stop_at_seven)
+    assert stopped.value.exit_code == 143
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "kind": "train"}\n{"ste')  # what a kill may leave
+    training.train(settings, bank, views, labels, tmp_path)
+    assert trained(tmp_path) == trained(run[0])
+    again = training.train(settings, bank, views, labels, tmp_path)  # a finished run has nothing left to do
+    assert again["best_step"] == run[1]["best_step"]
+
+
+def test_a_bank_that_the_device_cannot_hold_trains_the_same(run, bank, views, labels, tmp_path):
+    settings = config.load("wav2small", [*TINY, "bank_gib=1e-9"])
+    training.train(settings, bank, views, labels, tmp_path)
+    one, two = (checkpoint.load_student(path)[1] for path in (run[0], tmp_path))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_another_run_is_refused_with_the_difference(run, bank, views, labels):
+    with pytest.raises(MismatchError, match=r"learning_rate: 0\.003 there, 0\.5 now"):
+        training.train(config.load("wav2small", [*TINY, "learning_rate=0.5"]), bank, views, labels, run[0])
+    with pytest.raises(MismatchError, match="student: wav2small there, wav2small_17k now"):
+        training.train(config.load("wav2small_17k", TINY), bank, views, labels, run[0])
+
+
+def test_a_student_of_another_shape_is_refused(run, tmp_path):
+    source = run[0] / "student"
+    about = json.loads((source / "config.json").read_text())
+    about["fields"]["channels"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    with pytest.raises(MismatchError, match=r"params/vgg7/l1/conv/kernel: \(3, 3, 1, 2\), expected \(3, 3, 1, 3\)"):
+        checkpoint.load_student(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_names_its_views(bank, views, labels, tmp_path):
+    values = labels.values.copy()
+    values[views.where("train")[0]] = np.inf
+    broken = store.Labels(labels.dimensions, values, labels.about)
+    with np.errstate(invalid="ignore"), pytest.raises(W2SError, match=r"at step \d+ \(views"):
+        training.train(config.load("wav2small", TINY), bank, views, broken, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("stepz=3", "no setting 'stepz'"), ("steps=many", "expected int"), ("steps", "key=value"), ("fields.x=1", "no field x")],
+)
+def test_wrong_settings_are_refused(setting, message, bank, views, labels, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        training.train(config.load("wav2small", [setting]), bank, views, labels, tmp_path)
+
+
+def test_experiments_are_python_files(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from w2s_jax.config import default\nVARIANTS = {'': {}, 'long': {'steps': 9}}\n"
+        "def get_config(variant=''):\n    c = default()\n    c.update(VARIANTS[variant])\n    return c\n"
+    )
+    assert config.load(f"{path}:long").steps == 9
+    assert config.load(str(path), ["learning_rate=1"]).learning_rate == 1.0
+    with pytest.raises(UsageError, match="it has: , long"):
+        config.load(f"{path}:short")
+    with pytest.raises(UsageError, match="no such file"):
+        config.load(str(tmp_path / "none.py"))
+
+
+def test_evaluation_against_teacher_and_people(run, bank, views, labels, tmp_path):
+    report = evaluate(run[0], bank, views, labels, out=tmp_path)
+    rows = views.where("test")
+    student, variables, _ = checkpoint.load_student(run[0])
+    predicted = predict_views(jax.jit(lambda waves: student.apply(variables, waves)), bank, views, rows)
+    expected = metrics.ccc(predicted, labels.values[rows])
+    for at, name in enumerate(labels.dimensions):
+        score = report["teacher"][name]
+        assert abs(score["ccc"] - expected[at]) < 1e-4
+        assert score["low"] <= score["ccc"] <= score["high"]
+    assert set(report["human"]) == {"arousal", "dominance", "valence", "mean"}
+    assert (tmp_path / "eval_test.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "eval_test.json").read_text()) == report

@@ -1,0 +1,132 @@
+"""How this project writes to disk: atomically, locked, and with errors that a reader can act on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+class W2SError(ValueError):
+    """The work failed. The command line prints the message as one line and exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(W2SError):
+    """The request was wrong (a path, a name, an option). The command line exits with 2."""
+
+    exit_code = 2
+
+
+class MismatchError(W2SError):
+    """Two artifacts do not belong together (bank and views, views and labels, run and configuration)."""
+
+
+def missing_extra(package: str, extra: str) -> UsageError:
+    """The error for an import that an optional extra would have brought."""
+    return UsageError(f"{package} is not installed; this command needs it: pip install 'w2s-jax[{extra}]'")
+
+
+def fingerprint(*parts: object) -> str:
+    """A short stable name (16 hex digits of SHA-256) for JSON-like values, bytes and files (as Path)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        elif isinstance(part, bytes):
+            digest.update(hashlib.sha256(part).digest())
+        else:
+            digest.update(hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest())
+    return digest.hexdigest()[:16]
+
+
+def write_atomic(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
+    """Call ``write(temporary)`` and rename the result to ``path``: a reader sees all of it or nothing.
+
+    ``write`` may make a file or a directory. A kill leaves at most a name that ends in ``.tmp``, which the next write replaces.
+
+    Raises:
+        W2SError: the disk is full, or the place cannot be written; names the path and the cause.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        write(temporary)
+        if temporary.is_dir() and path.exists():  # os.replace cannot replace a directory that has files in it
+            old = path.with_name(path.name + ".old.tmp")
+            _remove(old)
+            os.replace(path, old)
+            os.replace(temporary, path)
+            _remove(old)
+        else:
+            os.replace(temporary, path)
+    except OSError as error:
+        _remove(temporary)
+        raise W2SError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Write JSON with a stable key order, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: str | os.PathLike, what: str) -> dict:
+    """Read a JSON object; ``what`` names the artifact in the error message.
+
+    Raises:
+        UsageError: there is no such file.
+        W2SError: the file is not a JSON object.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"no {what} at {path.parent} (it has no {path.name})") from error
+    except ValueError as error:
+        raise W2SError(f"{path} is damaged: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise W2SError(f"{path} is damaged: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def locked(directory: str | os.PathLike) -> Iterator[None]:
+    """Hold ``directory`` for this process, so that two runs never write into the same place.
+
+    The lock is the operating system's and goes with the process, however that ends.
+
+    Raises:
+        W2SError: another process holds it, or the directory cannot be written.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / ".lock", "a+")  # noqa: SIM115 (held until the block ends)
+    except OSError as error:
+        raise W2SError(f"cannot write into {directory}: {error.strerror or error}") from error
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows: no lock, the atomic renames still hold
+            pass
+        except OSError as error:
+            raise W2SError(f"{directory} is in use by another w2s process; wait for it or choose another directory") from error
+        yield

@@ -1,0 +1,537 @@
+"""The command line. It only reads options, shows progress and prints results; the work is in the library.
+
+Results go to stdout, logs and progress to stderr. Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 and 143 stopped
+by Ctrl-C and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from w2s_jax import SAMPLING_RATE, __version__
+from w2s_jax.artifacts import UsageError, W2SError, missing_extra
+
+HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    name="w2s",
+    help="Speech emotion on tiny hardware: distil a large teacher into a 72K-parameter network, run it anywhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings=HELP,
+    rich_markup_mode="rich",
+)
+bank_app = typer.Typer(help="Decode a corpus once into a bank of 16 kHz samples.", no_args_is_help=True, context_settings=HELP)
+views_app = typer.Typer(help="Draw views: recipes for exact pieces of audio.", no_args_is_help=True, context_settings=HELP)
+app.add_typer(bank_app, name="bank")
+app.add_typer(views_app, name="views")
+
+out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, highlight=False)
+
+#: The base of all usage errors; typer has its own copy of click since some release and does not export this class.
+ClickError = typer.BadParameter.__base__.__base__
+
+Json = Annotated[bool, typer.Option("--json", help="End stdout with one line of JSON.")]
+
+
+class Corpus(StrEnum):
+    folder = "folder"
+    csv = "csv"
+    msp_podcast = "msp-podcast"
+    iemocap = "iemocap"
+
+
+class SplitBy(StrEnum):
+    none = "none"
+    folder = "folder"
+
+
+class Split(StrEnum):
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+class Format(StrEnum):
+    table = "table"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+class Kind(StrEnum):
+    fp32 = "fp32"
+    int8 = "int8"
+
+
+def finish(result: dict, as_json: bool) -> None:
+    """Print the machine-readable last line, if asked for."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+@contextlib.contextmanager
+def shown(what: str, unit: str) -> Iterator[Any]:
+    """Progress on stderr: a live bar on a terminal, a line every ten seconds elsewhere.
+
+    Yields ``report(done, total, **figures)``.
+    """
+    if err.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=err) as bar:
+            task, kept = bar.add_task(what, total=None, figures=""), {}
+
+            def report(done: int, total: int, **figures: float) -> None:
+                kept.update(figures)
+                bar.update(task, completed=done, total=total, figures=_figures(kept))
+
+            yield report
+        return
+    began, last, first, kept = time.monotonic(), [0.0], [None], {}
+
+    def report(done: int, total: int, **figures: float) -> None:
+        kept.update(figures)
+        now = time.monotonic()
+        if first[0] is None:
+            first[0] = (done, now)
+        if now - last[0] < 10 and done < total:
+            return
+        last[0] = now
+        rate = (done - first[0][0]) / max(now - first[0][1], 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if done < total and rate > 0 else ""
+        note = _figures(kept)
+        print(
+            f"{what}: {done}/{total} {unit}, {note + ', ' if note else ''}{now - began:.0f} s{left}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    yield report
+
+
+def _figures(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in figures.items())
+
+
+def heavy(module: str, extra: str):
+    """Import one of our modules whose dependencies come with an extra."""
+    import importlib
+
+    try:
+        return importlib.import_module(f"w2s_jax.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("w2s_jax"):
+            raise
+        raise missing_extra(error.name or module, extra) from error
+
+
+def _numbers(text: str, name: str, count: int | None = None) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or (count is not None and len(values) != count):
+        raise UsageError(f"{name} takes {count or 'some'} numbers with commas between them, got {text!r}")
+    return values
+
+
+@bank_app.command("build")
+def bank_build(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="Folders of audio, a CSV file, or a corpus's root.")
+    ],
+    into: Annotated[Path, typer.Option("--out", help="The bank's directory.")],
+    corpus: Annotated[Corpus, typer.Option(help="What the sources are.")] = Corpus.folder,
+    split_by: Annotated[SplitBy, typer.Option(help="folder: the first folder below SOURCE is never divided.")] = SplitBy.none,
+    fractions: Annotated[
+        str, typer.Option(help="Train, validation, test; for clips that the corpus gives no split.")
+    ] = "0.7,0.15,0.15",
+    seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads.", show_default="one a core")] = None,
+    max_failures: Annotated[
+        int | None, typer.Option(min=0, help="Stop when more files are unreadable.", show_default="never")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Decode SOURCE... into a bank: int16 16 kHz mono shards and clips.parquet.
+
+    Run again after an interruption, it does only what is missing. Unreadable files are listed in failures.csv and left out;
+    the exit code is then 1. No speaker is ever in two splits.
+    """
+    corpora, bank = heavy("corpora", "train"), heavy("bank", "train")
+    options = {"split_by": split_by.value} if corpus is Corpus.folder else {}
+    clips = []
+    for source in sources:
+        found = corpora.read(corpus.value, source, **options)
+        if len(sources) > 1:  # two sources may have files of one name
+            found = [dataclasses.replace(clip, name=f"{source.resolve().name}/{clip.name}") for clip in found]
+        clips += found
+    clips = corpora.assign_splits(clips, _numbers(fractions, "--fractions", 3), seed)
+    with shown("decode", "clips") as report:
+        about = bank.build(clips, into, corpus=corpus.value, workers=workers, max_failures=max_failures, progress=report)
+    minutes = about["samples"] / SAMPLING_RATE / 60
+    splits = {name: sum(clip.split == name for clip in clips) for name in corpora.SPLITS}
+    out.print(f"{into}: {about['clips']} clips, {minutes:.1f} minutes; " + ", ".join(f"{n} {s}" for s, n in splits.items()))
+    finish({"bank": str(into), **about, "minutes": round(minutes, 2), "splits": splits}, as_json)
+    if about["failures"]:
+        raise W2SError(f"{about['failures']} of {len(clips)} clips cannot be read; they are listed in {into / 'failures.csv'}")
+
+
+@views_app.command("draw")
+def views_draw(
+    bank_path: Annotated[Path, typer.Argument(metavar="BANK")],
+    into: Annotated[Path, typer.Option("--out", help="The parquet file to write.")],
+    per_clip: Annotated[int, typer.Option(min=1, help="Views of each training clip.")] = 4,
+    eval_per_clip: Annotated[int, typer.Option(min=1, help="Views of each validation and test clip; clean and fixed.")] = 1,
+    seconds: Annotated[str, typer.Option(help="Lengths of the views.")] = "2,5",
+    mix: Annotated[float, typer.Option(min=0, max=1, help="Share of training views that are mixtures of two clips.")] = 0.5,
+    gain_db: Annotated[str, typer.Option(help="Range of the gain of training views.")] = "-6,6",
+    snr_db: Annotated[str, typer.Option(help="Range of the first clip's level over the second's in a mixture.")] = "0,20",
+    min_seconds: Annotated[float, typer.Option(min=0, help="Shorter clips have no views.")] = 0.5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw views of every clip of BANK into a parquet table."""
+    bank, views = heavy("bank", "train"), heavy("views", "train")
+    drawn = views.draw(
+        bank.Bank(bank_path),
+        per_clip=per_clip,
+        eval_per_clip=eval_per_clip,
+        seconds=_numbers(seconds, "--seconds"),
+        mix=mix,
+        gain_db=_numbers(gain_db, "--gain-db", 2),
+        snr_db=_numbers(snr_db, "--snr-db", 2),
+        min_seconds=min_seconds,
+        seed=seed,
+    )
+    drawn.save(into)
+    counts = {name.value: len(drawn.where(name.value)) for name in Split}
+    mixed = int((drawn.columns["partner"] >= 0).sum())
+    short = drawn.about["clips_too_short"]
+    out.print(
+        f"{into}: {len(drawn)} views ({', '.join(f'{n} {s}' for s, n in counts.items())}), {mixed} of them mixtures"
+        + (f"; {short} clips are shorter than {min_seconds} s and have none" if short else "")
+    )
+    finish({"views": str(into), "count": len(drawn), **counts, "mixtures": mixed, "clips_too_short": short}, as_json)
+
+
+@app.command()
+def label(
+    bank_path: Annotated[Path, typer.Argument(metavar="BANK")],
+    views_path: Annotated[Path, typer.Argument(metavar="VIEWS")],
+    teacher: Annotated[str, typer.Option(help="acoustic | dnsmos | onnx:FILE")],
+    into: Annotated[Path, typer.Option("--out", help="The labels' directory.")],
+    dimensions: Annotated[str | None, typer.Option(help="Names of an onnx: teacher's outputs, commas between.")] = None,
+    checkpoint_dir: Annotated[Path | None, typer.Option(help="Where the teacher's files lie.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Views of one length at once.")] = 16,
+    force: Annotated[bool, typer.Option("--force", help="Replace labels of another teacher or other views.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Let a teacher label every view. Run again after an interruption, it goes on where it was."""
+    bank, views, teachers, work = (heavy(name, "train") for name in ("bank", "views", "teachers", "label"))
+    names = tuple(dimensions.split(",")) if dimensions else None
+    the_bank, the_views = bank.Bank(bank_path), views.read(views_path)
+    the_teacher = teachers.load(teacher, checkpoint_dir, names)
+    began = time.perf_counter()
+    with shown("label", "views") as report:
+        about = work.label(
+            the_bank,
+            the_views,
+            the_teacher,
+            into,
+            batch_size=batch_size,
+            force=force,
+            progress=lambda done, total, rate: report(done, total, views_per_second=rate),
+        )
+    seconds = time.perf_counter() - began
+    out.print(f"{into}: {about['count']} views labelled by {the_teacher.name} ({', '.join(the_teacher.dimensions)})")
+    out.print(f"  licence that a student inherits: {the_teacher.licence}")
+    if the_teacher.stand_in:
+        out.print("  [yellow]this teacher is a stand-in: its values only imitate arousal, dominance and valence[/yellow]")
+    finish({"labels": str(into), **about, "seconds": round(seconds, 1)}, as_json)
+
+
+@app.command()
+def train(
+    experiment: Annotated[
+        str, typer.Argument(metavar="EXPERIMENT[:variant]", help="A Python file with get_config, or a student's name.")
+    ],
+    bank_path: Annotated[Path, typer.Option("--bank")],
+    views_path: Annotated[Path, typer.Option("--views")],
+    labels_path: Annotated[Path, typer.Option("--labels")],
+    workdir: Annotated[Path, typer.Option(help="Where the run lives; an interrupted run goes on.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a student on a teacher's labels.
+
+    WORKDIR gets config.json, metrics.jsonl, TensorBoard events, checkpoints, and the best student in student/. Ctrl-C and
+    SIGTERM write a last checkpoint (exit code 130 and 143); the same command goes on from it.
+    """
+    config, bank, views, labels, work = (heavy(name, "train") for name in ("config", "bank", "views", "labels", "train"))
+    experiment_config = config.load(experiment, settings or [])
+    the_bank, the_views = bank.Bank(bank_path), views.read(views_path)
+    the_labels = labels.read(labels_path, the_views)
+    with shown("train", "steps") as report:
+        summary = work.train(experiment_config, the_bank, the_views, the_labels, workdir, progress=report)
+    scores = summary["validation_ccc"]
+    found = ", ".join(f"{name} {score:.3f}" for name, score in scores.items()) if scores else "no validation views"
+    out.print(f"{summary['student']}: step {summary['best_step']} of {summary['steps']}, validation CCC {found}")
+    if summary["clips_per_second"]:
+        out.print(f"  {summary['clips_per_second']} views/s, {summary['seconds']} s of training")
+    finish(summary, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run, a student, a model directory or an .onnx file.")],
+    bank_path: Annotated[Path, typer.Option("--bank")],
+    views_path: Annotated[Path | None, typer.Option("--views", show_default="clean views drawn from the bank")] = None,
+    labels_path: Annotated[Path | None, typer.Option("--labels", show_default="people's ratings only")] = None,
+    split: Annotated[Split, typer.Option(help="Which part of the bank.")] = Split.test,
+    into: Annotated[
+        Path | None, typer.Option("--out", help="For eval_SPLIT.json and a scatter plot.", show_default="beside RUN|MODEL")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """CCC per dimension, with 95 % confidence intervals, against the teacher's labels and against people's ratings."""
+    bank, views, labels, work = (heavy(name, "train") for name in ("bank", "views", "labels", "evaluate"))
+    if labels_path and not views_path:
+        raise UsageError("--labels belong to views: give --views as well")
+    the_bank = bank.Bank(bank_path)
+    the_views = views.read(views_path) if views_path else None
+    the_labels = labels.read(labels_path, the_views) if labels_path else None
+    directory = into or (path if path.is_dir() else path.parent)
+    report = work.evaluate(path, the_bank, the_views, the_labels, split=split.value, out=directory)
+    for what, title in (("teacher", "its teacher"), ("human", "people's ratings")):
+        if report[what]:
+            table = Table(
+                title=f"{path.name} against {title}, {split.value} split, {report['views']} views", title_justify="left"
+            )
+            table.add_column("dimension")
+            for column in ("CCC", "95 % from", "to"):
+                table.add_column(column, justify="right")
+            for name, score in report[what].items():
+                if name != "mean":
+                    table.add_row(name, *(f"{score[key]:.3f}" for key in ("ccc", "low", "high")))
+            table.add_row("mean", f"{report[what]['mean']:.3f}", "", "")
+            out.print(table)
+    out.print(f"figures and picture: {directory / f'eval_{split.value}.json'}, {directory / f'eval_{split.value}.png'}")
+    finish(report, as_json)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory or an .onnx file.")],
+    files: Annotated[list[Path], typer.Argument(metavar="AUDIO...", help="Anything that libsndfile reads.")],
+    window: Annotated[
+        float | None, typer.Option(help="Seconds in a window.", show_default="whole file; 10 beyond a minute")
+    ] = None,
+    hop: Annotated[float | None, typer.Option(help="Seconds from window to window.", show_default="the window")] = None,
+    form: Annotated[Format, typer.Option("--format", help="Of the rows on stdout.")] = Format.table,
+    kind: Annotated[Kind, typer.Option(help="Which file of a model directory.")] = Kind.fp32,
+    threads: Annotated[int, typer.Option(min=1, help="Of onnxruntime.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Predict the model's dimensions for audio files, one row per file or window.
+
+    Long files are read window by window in bounded memory. A file that cannot be read is reported and the rest is done; the
+    exit code is then 1.
+    """
+    from w2s_jax.runtime import Predictor
+
+    for value, name in ((window, "--window"), (hop, "--hop")):
+        if value is not None and not value > 0:
+            raise UsageError(f"{name} takes a number of seconds above 0, got {value}")
+    if hop is not None and window is None:
+        raise UsageError("--hop goes with --window")
+    predictor = Predictor(model, kind=kind.value if model.is_dir() else None, threads=threads)
+    rows, failures = [], 0
+    writer = _Rows(form, predictor.dimensions)
+    for path in files:
+        try:
+            for start, end, values in _predict_file(predictor, path, window, hop):
+                rows.append(writer.add(path, start, end, values))
+        except W2SError as error:
+            failures += 1
+            print(f"w2s: error: {error}", file=sys.stderr)
+    writer.close()
+    finish({"model": str(model), "files": len(files), "failures": failures, "rows": sum(rows)}, as_json)
+    if failures:
+        raise W2SError(f"{failures} of {len(files)} files could not be predicted")
+
+
+#: Seconds of audio that are predicted in one piece unless windows are asked for; memory grows with the length.
+WHOLE_FILE = 60.0
+
+
+def _predict_file(predictor, path: Path, window: float | None, hop: float | None):
+    from w2s_jax import audio
+
+    if window is None and audio.duration(path) <= WHOLE_FILE:
+        wave = audio.load(path)
+        yield 0.0, len(wave) / SAMPLING_RATE, predictor(wave)
+        return
+    window = window or 10.0
+    yield from predictor.windows(audio.blocks(path), SAMPLING_RATE, window, hop or window)
+
+
+class _Rows:
+    """Rows of predictions to stdout in one of the formats; all but table and json as they come."""
+
+    def __init__(self, form: Format, dimensions) -> None:
+        self.form, self.dimensions, self.kept = form, list(dimensions), []
+        if form is Format.csv:
+            self._csv("file", "start", "end", *self.dimensions)
+
+    def _csv(self, *values) -> None:
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow(values)
+        print(line.getvalue(), end="", flush=True)
+
+    def add(self, path: Path, start: float, end: float, values: dict[str, float]) -> int:
+        from w2s_jax.audio import printable
+
+        row = {"file": printable(path), "start": round(start, 3), "end": round(end, 3)}
+        row |= {name: round(float(value), 6) for name, value in values.items()}
+        if self.form is Format.jsonl:
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+        elif self.form is Format.csv:
+            self._csv(*row.values())
+        else:
+            self.kept.append(row)
+        return 1
+
+    def close(self) -> None:
+        if self.form is Format.json:
+            print(json.dumps(self.kept, ensure_ascii=False, indent=1))
+        elif self.form is Format.table and self.kept:
+            table = Table()
+            table.add_column("file", overflow="fold")
+            for name in ("start", "end", *self.dimensions):
+                table.add_column(name, justify="right")
+            for row in self.kept:
+                figures = [f"{row['start']:.2f}", f"{row['end']:.2f}", *(f"{row[name]:.3f}" for name in self.dimensions)]
+                table.add_row(row["file"], *figures)
+            out.print(table)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or student directory.")],
+    into: Annotated[Path, typer.Option("--out", help="The model directory to write.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="BANK", help="Audio for int8: training clips set its ranges, validation clips judge it."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Export a student: model.onnx, model.int8.onnx (with --calibration), model.yaml for audonnx, a card, export.json.
+
+    The ONNX files are compared with Flax on lengths from 64 samples to 60 s; if they differ, nothing is written.
+    """
+    if not run.is_dir():
+        raise UsageError(f"no run at {run}: no such directory")
+    package = heavy("export", "export")
+    waves = checks = None
+    if calibration is not None:
+        bank = heavy("bank", "train").Bank(calibration)
+        waves, checks = bank.excerpts("train", 64, 5.0), bank.excerpts("validation", 128, 5.0)
+    result = package.export_student(
+        run, into, calibration=waves, check=checks, progress=lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    for name, size in result["files"].items():
+        out.print(f"{into / name}: {size / 1000:.1f} kB")
+    if "ccc" in result["int8"]:
+        scores = ", ".join(f"{name} {score:.4f}" for name, score in result["int8"]["ccc"].items())
+        out.print(f"int8 against fp32 on {result['int8']['views']} clips, CCC: {scores}")
+    finish({"model": str(into), **result}, as_json)
+
+
+@app.command()
+def quickstart(
+    workdir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("quickstart"),
+    as_json: Json = False,
+) -> None:
+    """The whole chain on generated speech: minutes on a laptop, no network, no system package."""
+    module = heavy("quickstart", "all")
+    finish(module.run(workdir, out, shown), as_json)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"w2s {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: run a command; an error is one line on stderr and an exit code."""
+    # --debug and --json may stand anywhere on the line
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if not debug:
+        warnings.showwarning = lambda message, *_, **__: print(f"w2s: warning: {message}", file=sys.stderr)
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="w2s") or 0
+    except ClickError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already
+            code = 2
+        else:
+            where = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
+            code = _fail(f"{error.format_message().rstrip('.')}{where}", 2)
+    except (typer.Abort, KeyboardInterrupt):
+        code = _fail("stopped", 130)
+    except W2SError as error:
+        if debug:
+            raise
+        code = _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away (| head); nothing is left to say to it
+        code = 1
+    except (OSError, MemoryError) as error:
+        if debug:
+            raise
+        code = _fail(f"{type(error).__name__}: {error}", 1)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    print("w2s: error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

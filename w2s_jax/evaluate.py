@@ -1,0 +1,186 @@
+"""How close a student is to its teacher, and to people: CCC per dimension with confidence intervals, and a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from w2s_jax import DIMENSIONS, checkpoint, metrics
+from w2s_jax.artifacts import MismatchError, UsageError, write_atomic, write_json
+from w2s_jax.bank import Bank
+from w2s_jax.labels import Labels
+from w2s_jax.render import render_on_host
+from w2s_jax.runtime import Predictor
+from w2s_jax.views import Views, draw
+
+_BATCH = 32
+
+
+def predict_views(infer: Callable[[np.ndarray], np.ndarray], bank: Bank, views: Views, rows: np.ndarray) -> np.ndarray:
+    """Run a network over some views, in batches of equal length.
+
+    Args:
+        infer: float32 [B, T] → [B, D]; always called with the same B, so that it compiles once per length.
+        bank, views: what to render.
+        rows: which views, int64 [n].
+
+    Returns:
+        float64 [n, D].
+    """
+    lengths, parts, places = views.columns["samples"][rows], [], []
+    for length in np.unique(lengths):
+        members = np.flatnonzero(lengths == length)
+        for at in range(0, len(members), _BATCH):
+            batch = members[at : at + _BATCH]
+            waves = render_on_host(bank, views, rows[np.resize(batch, _BATCH)])
+            parts.append(np.asarray(infer(waves), np.float64)[: len(batch)])
+            places.append(batch)
+    out = np.concatenate(parts)
+    out[np.concatenate(places)] = out.copy()
+    return out
+
+
+def load(path: str | os.PathLike) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, ...], dict]:
+    """A run or student directory (evaluated in Flax) or an exported model (evaluated in ONNX Runtime).
+
+    Returns:
+        A function float32 [B, T] → [B, D], the names of the D outputs, and what is known of the teacher.
+
+    Raises:
+        UsageError: nothing that can be evaluated lies there.
+    """
+    path = Path(path)
+    if path.suffix == ".onnx" or (path / "model.onnx").exists():
+        predictor = Predictor(path)
+
+        def run(waves: np.ndarray) -> np.ndarray:
+            return np.array([list(predictor(wave).values()) for wave in waves])
+
+        return run, tuple(predictor.dimensions), {"name": predictor.metadata.get("teacher")}
+    if not path.exists():
+        raise UsageError(f"no run and no model at {path}: no such directory")
+    student, variables, config = checkpoint.load_student(path)
+    return jax.jit(partial(student.apply, variables)), tuple(config["dimensions"]), config["teacher"]
+
+
+def evaluate(
+    path: str | os.PathLike,
+    bank: Bank,
+    views: Views | None = None,
+    labels: Labels | None = None,
+    *,
+    split: str = "test",
+    out: str | os.PathLike | None = None,
+    seed: int = 0,
+) -> dict:
+    """CCC of a student with its teacher's labels, and with people's ratings where the bank has them.
+
+    Confidence intervals (95 %) are bootstrapped over clips, because views of one clip are not independent. Ratings belong to
+    clips: the prediction for a clip is the mean over its views.
+
+    Args:
+        path: a run, a student or a model.
+        bank: the audio.
+        views: default: clean views drawn from the bank, 5 s at most.
+        labels: the teacher's labels of these views; without them only ratings are compared.
+        split: train, validation or test.
+        out: directory for eval_SPLIT.json and eval_SPLIT.png; default: none are written.
+        seed: of the bootstrap.
+
+    Returns:
+        ``{"split", "views", "clips", "teacher": {dimension: {"ccc", "low", "high"}, "mean": …} | None, "human": … | None}``
+
+    Raises:
+        MismatchError: the labels have other dimensions than the student, or another bank's views.
+        UsageError: nothing to compare with, or the split is empty.
+    """
+    if views is None:
+        views = draw(bank, per_clip=1, eval_per_clip=1, mix=0.0, gain_db=(0.0, 0.0))
+    views.check(bank)
+    infer, dimensions, teacher = load(path)
+    if labels is not None and labels.dimensions != dimensions:
+        raise MismatchError(f"the student puts out {', '.join(dimensions)}; the labels are {', '.join(labels.dimensions)}")
+    rated = [name for name in dimensions if name in DIMENSIONS and np.isfinite(bank.clips[name]).any()]
+    if labels is None and not rated:
+        raise UsageError("nothing to compare with: give --views and --labels, or a bank whose corpus has ratings")
+    rows = views.where(split)
+    if not len(rows):
+        raise UsageError(f"the views have no {split!r} split; they have {', '.join(sorted(set(views.columns['split'])))}")
+    predicted = predict_views(infer, bank, views, rows)
+    clips = views.columns["clip"][rows]
+    report = {
+        "path": str(path),
+        "split": split,
+        "views": len(rows),
+        "clips": len(np.unique(clips)),
+        "student_teacher": teacher,
+        "teacher": None,
+        "human": None,
+    }
+    panels = []
+    if labels is not None:
+        target = labels.values[rows].astype(np.float64)
+        report["teacher"] = _scores(predicted, target, clips, dimensions, seed)
+        panels += [(f"teacher ({labels.about['teacher']['name']})", dimensions, predicted, target, report["teacher"])]
+    if rated:
+        ids, first = np.unique(clips, return_inverse=True)
+        means = np.stack([np.bincount(first, predicted[:, dimensions.index(d)]) / np.bincount(first) for d in rated], axis=1)
+        ratings = np.stack([bank.clips[name][ids] for name in rated], axis=1).astype(np.float64)
+        known = np.isfinite(ratings).all(axis=1)
+        if known.sum() >= 2:
+            report["human"] = _scores(means[known], ratings[known], ids[known], rated, seed)
+            panels += [("people's ratings", rated, means[known], ratings[known], report["human"])]
+    if not panels:
+        raise UsageError(f"the {split} split has no ratings to compare with; give --labels")
+    if out is not None:
+        write_json(Path(out) / f"eval_{split}.json", report)
+        scatter(Path(out) / f"eval_{split}.png", panels, f"{Path(path).name}, {split} split")
+    return report
+
+
+def _scores(predicted: np.ndarray, target: np.ndarray, groups: np.ndarray, names, seed: int) -> dict:
+    score = metrics.ccc(predicted, target)
+    low, high = metrics.bootstrap_ccc(predicted, target, groups=groups, seed=seed)
+    scores = {
+        name: {"ccc": round(float(score[at]), 4), "low": round(float(low[at]), 4), "high": round(float(high[at]), 4)}
+        for at, name in enumerate(names)
+    }
+    return {**scores, "mean": round(float(score.mean()), 4)}
+
+
+def scatter(path: Path, panels: list, title: str) -> None:
+    """Draw prediction against target, a row per comparison and a panel per dimension, as PNG.
+
+    ``panels`` is a list of (what the target is, names, predicted [N, D], target [N, D], scores).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = max(len(names) for _, names, *_ in panels)
+    figure = Figure(figsize=(3.4 * columns, 3.6 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), columns, squeeze=False)
+    for row, (what, names, predicted, target, scores) in zip(axes, panels, strict=True):
+        for at, axis in enumerate(row):
+            if at >= len(names):
+                axis.set_visible(False)
+                continue
+            x, y = target[:, at], predicted[:, at]
+            low, high = min(x.min(), y.min()), max(x.max(), y.max())
+            margin = 0.05 * (high - low) or 0.05
+            axis.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=1)
+            axis.scatter(x, y, s=7, alpha=min(1.0, 0.15 + 60 / len(x)), color="tab:blue", edgecolors="none", zorder=2)
+            score = scores[names[at]]
+            axis.set_title(f"{names[at]}: CCC {score['ccc']:.3f} [{score['low']:.3f}, {score['high']:.3f}]", fontsize=9)
+            axis.set_xlabel(what, fontsize=9)
+            axis.set_xlim(low - margin, high + margin)
+            axis.set_ylim(low - margin, high + margin)
+            axis.set_aspect("equal")
+        row[0].set_ylabel("student", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -1,0 +1,282 @@
+"""One route from a JAX function to a small ONNX file: jax2tf's graph mode, tf2onnx, and a few checked graph passes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from w2s_jax.artifacts import UsageError, W2SError, missing_extra
+
+#: Names of the only input and output.
+SIGNAL, LOGITS = "signal", "logits"
+OPSET = 17
+#: What a graph pass may change in an output. Reordered float32 sums differ by less, a wrong rewrite by much more.
+PASS_LIMIT = 2e-5
+
+
+def require_tools() -> None:
+    """Check that this environment can export.
+
+    Raises:
+        UsageError: jax is too new for tf2onnx, or the extra is not installed; names the way.
+    """
+    try:
+        import jax
+    except ImportError as error:
+        raise missing_extra(error.name or "jax", "export") from error
+    version = tuple(int(part) for part in re.findall(r"\d+", jax.__version__)[:2])
+    if version >= (0, 7):
+        raise UsageError(
+            f"jax {jax.__version__} cannot export: jax2tf's graph mode, the only form that tf2onnx reads, ended with jax 0.6; "
+            "make an environment with pip install 'w2s-jax[export]' and export there: a student directory "
+            "(model.safetensors, config.json) is plain arrays and can be carried over"
+        )
+    with _quiet():
+        for package in ("tensorflow", "tf2onnx", "onnx"):
+            try:
+                __import__(package)
+            except ImportError as error:
+                raise missing_extra(error.name or package, "export") from error
+
+
+def convert(forward: Callable, outputs: int, minimum_samples: int):
+    """A JAX function as an ONNX model.
+
+    Args:
+        forward: float32 [1, T] → [1, outputs], for every T from ``minimum_samples`` on.
+        outputs: how many.
+        minimum_samples: the shortest T.
+
+    Returns:
+        An ``onnx.ModelProto`` with input ``signal`` [1, time] and output ``logits`` [1, outputs]; only time is dynamic.
+    """
+    with _quiet():
+        import onnx
+        import tensorflow as tf
+        import tf2onnx
+        from jax.experimental import jax2tf
+
+        graph = jax2tf.convert(
+            forward,
+            polymorphic_shapes=[f"(1, n + {minimum_samples - 1})"],  # n is at least 1: so the frame count is provably positive
+            native_serialization=False,
+            enable_xla=False,
+        )
+        signature = [tf.TensorSpec([1, None], tf.float32, name=SIGNAL)]
+        function = tf.function(lambda signal: {LOGITS: graph(signal)}, input_signature=signature, autograph=False)
+        model, _ = tf2onnx.convert.from_function(function, input_signature=signature, opset=OPSET)
+    for value, name, shape in ((model.graph.input[0], SIGNAL, (1, "time")), (model.graph.output[0], LOGITS, (1, outputs))):
+        if value.name != name:
+            raise W2SError(f"tf2onnx named a graph end {value.name}, expected {name}")
+        value.CopyFrom(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+    model.graph.name = "w2s_jax"
+    standard = [domain for domain in model.opset_import if domain.domain == ""]
+    del model.opset_import[:]  # tf2onnx declares domains of which it used nothing
+    model.opset_import.extend(standard)
+    return model
+
+
+def simplify(model, waves: Sequence[np.ndarray]):
+    """Apply every graph pass that leaves the outputs as they are.
+
+    Args:
+        model: what ``convert`` returned; its shortest input is below 4003 samples.
+        waves: float32 [T] each, on which a pass is judged.
+
+    Returns:
+        The smaller model, and ``{pass name: largest change of an output}``; a pass over ``PASS_LIMIT`` is left out of the model
+        and shows in the dict with its change.
+    """
+    before = run(model, waves)
+    changes = {}
+    for rewrite in (settle_shapes, drop_identities, relu_from_max, bias_into_conv, padding_into_pool, drop_dead):
+        candidate = type(model)()
+        candidate.CopyFrom(model)
+        rewrite(candidate)
+        changes[rewrite.__name__] = change = float(np.abs(run(candidate, waves) - before).max())
+        if change <= PASS_LIMIT:
+            model = candidate
+    return model, changes
+
+
+def session(model, threads: int = 1):
+    """An onnxruntime session (CPU) for a ModelProto or the path of a file, without the arena: lengths vary."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads
+    options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+    options.log_severity_level = 3
+    source = model.SerializeToString() if hasattr(model, "SerializeToString") else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def run(model, waves: Sequence[np.ndarray]) -> np.ndarray:
+    """Outputs of a model for each wave: list of [T] → [len(waves), outputs]."""
+    one = session(model)
+    return np.concatenate([one.run([LOGITS], {SIGNAL: wave[None]})[0] for wave in waves])
+
+
+def settle_shapes(model) -> None:
+    """Replace computed Reshape targets by constants with one -1, which frees the arithmetic on the length for ``drop_dead``."""
+    values = _trace(model)
+    for node in model.graph.node:
+        if node.op_type == "Reshape" and node.input[1] in values:
+            first, second = (np.asarray(value) for value in values[node.input[1]])
+            if np.sum(first != second) <= 1:
+                _set_constant(model, node, 1, np.where(first != second, -1, first))
+
+
+def drop_identities(model) -> None:
+    """Bypass nodes that give what they get (broadcasts to the same shape, slices of everything)."""
+    values = _trace(model)
+    outputs = {value.name for value in model.graph.output}
+    for node in list(model.graph.node):
+        if node.op_type in ("Reshape", "Expand", "Slice", "Squeeze") and node.output[0] not in outputs:
+            pairs = zip(values.get(node.input[0], ()), values[node.output[0]], strict=False)
+            same = [np.array_equal(before, after) for before, after in pairs]
+            if same and all(same):
+                _redirect(model, node.output[0], node.input[0])
+                model.graph.node.remove(node)
+
+
+def relu_from_max(model) -> None:
+    """Max(x, 0) → Relu, which onnxruntime fuses into the convolution before it."""
+    constants = _constants(model)
+    for node in model.graph.node:
+        if node.op_type == "Max" and len(node.input) == 2:
+            x, bound = node.input if node.input[1] in constants else reversed(node.input)
+            if bound in constants and constants[bound].size == 1 and constants[bound].item() == 0:
+                node.op_type = "Relu"
+                node.input[:] = [x]
+
+
+def bias_into_conv(model) -> None:
+    """Conv + Add of one value per channel → Conv with a bias."""
+    constants = _constants(model)
+    producers = {output: node for node in model.graph.node for output in node.output}
+    uses = _uses(model)
+    for node in list(model.graph.node):
+        if node.op_type != "Add":
+            continue
+        x, bias = node.input if node.input[1] in constants else reversed(node.input)
+        conv = producers.get(x)
+        if bias not in constants or conv is None or conv.op_type != "Conv" or len(conv.input) != 2 or uses[x] != 1:
+            continue
+        value = constants[bias]
+        if value.size == constants[conv.input[1]].shape[0] == value.shape[-3:][0]:
+            conv.input.append("")
+            _set_constant(model, conv, 2, value.reshape(-1))
+            conv.output[0] = node.output[0]
+            model.graph.node.remove(node)
+
+
+def padding_into_pool(model) -> None:
+    """Relu + Pad with zeros + MaxPool → Relu + MaxPool that pads: nothing after a Relu is below the zeros."""
+    import onnx
+
+    constants = _constants(model)
+    producers = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        pad = producers.get(node.input[0]) if node.op_type == "MaxPool" else None
+        before = producers.get(pad.input[0]) if pad is not None and pad.op_type == "Pad" else None
+        if before is None or before.op_type != "Relu" or pad.input[1] not in constants:
+            continue
+        zero = constants[pad.input[2]].item() if len(pad.input) > 2 else 0
+        pads = constants[pad.input[1]].tolist()
+        if zero == 0 and not any(pads[:2] + pads[4:6]):
+            kept = [attribute for attribute in node.attribute if attribute.name not in ("pads", "auto_pad")]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("pads", pads[2:4] + pads[6:8])])
+            node.input[0] = pad.input[0]
+
+
+def drop_dead(model) -> None:
+    """Remove nodes and constants that no output needs, and every name that only tf2onnx needed."""
+    needed = {value.name for value in model.graph.output}
+    kept = []
+    for node in reversed(model.graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            kept.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(kept))
+    constants = [constant for constant in model.graph.initializer if constant.name in needed]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(constants)
+    del model.graph.value_info[:]
+    short = {value.name: value.name for value in (*model.graph.input, *model.graph.output)}
+    for constant in model.graph.initializer:
+        constant.name = short.setdefault(constant.name, f"c{len(short)}")
+    for index, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{index}"
+        node.input[:] = [short.get(name, name) for name in node.input]
+        for position, name in enumerate(node.output):
+            node.output[position] = short.setdefault(name, f"x{index}")
+
+
+def _trace(model, lengths: tuple[int, int] = (4003, 9001)) -> dict[str, list[np.ndarray]]:
+    """Every value of the graph for two lengths of noise: a size that differs between them depends on the length."""
+    import onnx
+
+    probe = type(model)()
+    probe.CopyFrom(model)
+    known = {value.name for value in probe.graph.output}
+    names = [name for node in probe.graph.node for name in node.output if name and name not in known]
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    names += known
+    one = session(probe)
+    noise = np.random.default_rng(0).normal(size=max(lengths)).astype(np.float32)
+    runs = [dict(zip(names, one.run(names, {SIGNAL: noise[None, :length]}), strict=True)) for length in lengths]
+    return {name: [values[name] for values in runs] for name in names} | {SIGNAL: [noise[None, :n] for n in lengths]}
+
+
+def _constants(model) -> dict[str, np.ndarray]:
+    from onnx import numpy_helper
+
+    return {constant.name: numpy_helper.to_array(constant) for constant in model.graph.initializer}
+
+
+def _set_constant(model, node, position: int, value: np.ndarray) -> None:
+    from onnx import numpy_helper
+
+    name = f"{node.output[0]}:constant{position}"
+    model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+    node.input[position] = name
+
+
+def _redirect(model, old: str, new: str) -> None:
+    for node in model.graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+
+
+def _uses(model) -> dict[str, int]:
+    uses: dict[str, int] = {value.name: 1 for value in model.graph.output}
+    for node in model.graph.node:
+        for name in node.input:
+            uses[name] = uses.get(name, 0) + 1
+    return uses
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep TensorFlow's and tf2onnx's chatter off the terminal; their exceptions still come through."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # both are read when TensorFlow is imported, never later
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    names = ("tensorflow", "tf2onnx", "absl", "jax")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

@@ -1,0 +1,57 @@
+"""The students: small Flax networks from waveform to named dimensions."""
+
+from __future__ import annotations
+
+import math
+
+try:
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+except ImportError as error:
+    from w2s_jax.artifacts import missing_extra
+
+    raise missing_extra(error.name or "jax", "train") from error
+
+from w2s_jax import SAMPLING_RATE
+from w2s_jax.artifacts import UsageError
+from w2s_jax.models.wav2small import Wav2Small, Wav2Small17K
+
+#: Name → module class. ``build`` makes one; a new student is one more line here.
+STUDENTS: dict[str, type[nn.Module]] = {
+    "wav2small": Wav2Small,
+    "wav2small_17k": Wav2Small17K,
+}
+
+
+def build(name: str, **fields) -> nn.Module:
+    """A student by name, its fields overridden by keyword.
+
+    Args:
+        name: one of ``STUDENTS``.
+        **fields: fields of the module, for example ``channels=16`` or ``dimensions=3`` (how many outputs).
+
+    Returns:
+        A linen module: ``student.apply(variables, wave)`` maps float32 [B, T] at 16 kHz to [B, dimensions].
+
+    Raises:
+        UsageError: no such student, or no such field.
+
+    Example:
+        >>> count(build("wav2small"))["trained"]
+        67577
+    """
+    if name not in STUDENTS:
+        raise UsageError(f"unknown student {name!r}; there are: {', '.join(STUDENTS)}")
+    known = [field for field in STUDENTS[name].__dataclass_fields__ if field not in ("parent", "name")]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise UsageError(f"student {name} has no field {', '.join(unknown)}; its fields: {', '.join(known)}")
+    return STUDENTS[name](**fields)
+
+
+def count(student: nn.Module) -> dict[str, int]:
+    """Parameters of a student, ``trained`` and ``fixed`` (the front end), without computing anything."""
+    shapes = jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE)))
+    sizes = {part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
+    return {"trained": sizes["params"], "fixed": sizes["frontend"]}

@@ -1,0 +1,65 @@
+"""Waveform to log-mel image without an FFT operator, so that the whole network exports as convolutions and matmuls."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from w2s_jax import SAMPLING_RATE
+
+#: Floor of the mel power before the logarithm; -100 dB.
+MEL_FLOOR = 1e-10
+#: Added to the variance when an utterance is normalised, so that silence stays zero.
+NORM_EPSILON = 1e-7
+
+
+def normalise(wave: Array) -> Array:
+    """Each utterance to zero mean and unit variance: float32 [B, T] → [B, T]. Silence stays zero."""
+    wave = wave - wave.mean(axis=1, keepdims=True)
+    return wave / jnp.sqrt(jnp.mean(wave * wave, axis=1, keepdims=True) + NORM_EPSILON)
+
+
+def fourier_kernels(n_fft: int) -> tuple[np.ndarray, np.ndarray]:
+    """Real and imaginary Fourier kernels under a periodic Hann window, each float32 [n_fft, n_fft // 2 + 1]."""
+    samples, bins = np.arange(n_fft), np.arange(n_fft // 2 + 1)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * samples / n_fft)
+    angle = 2 * np.pi * np.outer(samples, bins) / n_fft
+    return (
+        (window[:, None] * np.cos(angle)).astype(np.float32),
+        (-window[:, None] * np.sin(angle)).astype(np.float32),
+    )
+
+
+def mel_matrix(n_fft: int, n_mels: int, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
+    """librosa's default (Slaney) mel filter bank from 0 Hz to half the sampling rate, float32 [n_fft // 2 + 1, n_mels]."""
+    import librosa
+
+    return librosa.filters.mel(sr=sampling_rate, n_fft=n_fft, n_mels=n_mels).T.astype(np.float32)
+
+
+class LogMel(nn.Module):
+    """Log-mel power image in dB of an already normalised waveform: float32 [B, T] → [B, frames, n_mels].
+
+    The short-time Fourier transform is a strided convolution without centre padding: ``frames = 1 + (T - n_fft) // hop``.
+    Kernels and filter bank are fixed; they live in the collection ``frontend`` so that counts and files can tell them from
+    what is trained.
+    """
+
+    n_fft: int = 64
+    hop: int = 32
+    n_mels: int = 26
+
+    @nn.compact
+    def __call__(self, wave: Array) -> Array:
+        real = self.variable("frontend", "real", lambda: jnp.asarray(fourier_kernels(self.n_fft)[0])).value
+        imag = self.variable("frontend", "imag", lambda: jnp.asarray(fourier_kernels(self.n_fft)[1])).value
+        mel = self.variable("frontend", "mel", lambda: jnp.asarray(mel_matrix(self.n_fft, self.n_mels))).value
+        kernels = jnp.concatenate([real, imag], axis=1)[:, None, :]  # one convolution for both parts
+        spectrum = lax.conv_general_dilated(
+            wave[:, :, None], kernels, (self.hop,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        bins = self.n_fft // 2 + 1
+        power = spectrum[..., :bins] ** 2 + spectrum[..., bins:] ** 2
+        return 10.0 * jnp.log10(jnp.maximum(power @ mel, MEL_FLOOR))

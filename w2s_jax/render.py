@@ -1,0 +1,123 @@
+"""Recipes to waveforms: one pure function for teacher and student, on the host or inside a jitted training step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from w2s_jax.bank import Bank
+from w2s_jax.views import Views
+
+#: Samples in a row of the device's copy of a bank. A sample is addressed by (row, column), both int32, because JAX has no
+#: int64 by default and a bank may pass 2³¹ samples.
+ROW = 1 << 16
+
+
+class Recipe(NamedTuple):
+    """A batch of views as arrays [B]; integers are int32, the rest float32.
+
+    ``row`` and ``column`` say where the clip begins in a bank of rows, ``length`` how many samples it has, ``offset`` where
+    in it the view begins; ``partner_…`` the same of what is mixed in. ``gain`` and ``partner_level`` are amplitudes;
+    ``partner_level`` is the partner's level relative to the view's own (10^(-SNR/20)), 0 where there is none.
+    """
+
+    row: Array
+    column: Array
+    length: Array
+    offset: Array
+    partner_row: Array
+    partner_column: Array
+    partner_length: Array
+    partner_offset: Array
+    gain: Array
+    partner_level: Array
+
+
+def recipes(bank: Bank, views: Views, rows: np.ndarray) -> Recipe:
+    """The recipes of some rows of a table of views, as numpy arrays [len(rows)]."""
+    columns = {name: column[rows] for name, column in views.columns.items()}
+    clip, partner = columns["clip"], np.where(columns["partner"] < 0, columns["clip"], columns["partner"])
+    return Recipe(
+        *(array.astype(np.int32) for array in np.divmod(bank.starts[clip], ROW)),
+        bank.clips["samples"][clip],
+        columns["offset"],
+        *(array.astype(np.int32) for array in np.divmod(bank.starts[partner], ROW)),
+        bank.clips["samples"][partner],
+        columns["partner_offset"],
+        *levels(views, rows),
+    )
+
+
+def levels(views: Views, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Decibels to amplitudes: ``gain`` and ``partner_level`` of some views, float32 [len(rows)] each."""
+    gain = 10.0 ** (views.columns["gain_db"][rows] / 20.0)
+    level = 10.0 ** (-views.columns["snr_db"][rows] / 20.0)
+    return gain.astype(np.float32), np.where(views.columns["partner"][rows] < 0, 0.0, level).astype(np.float32)
+
+
+def rows(bank: Bank) -> np.ndarray:
+    """A bank's samples for the device, int16 [⌈samples / ROW⌉, ROW], the end filled with zeros."""
+    out = np.zeros((-(-bank.samples // ROW), ROW), np.int16)
+    flat, at = out.reshape(-1), 0
+    for shard in range(bank.about["shards"]):
+        samples = bank.shard(shard)
+        flat[at : at + len(samples)] = samples
+        at += len(samples)
+    return out
+
+
+def locate(row: Array, column: Array, step: Array) -> tuple[Array, Array]:
+    """The (row, column) of the sample that lies ``step`` samples after (row, column); all int32."""
+    column = column + step
+    return row + column // ROW, column % ROW
+
+
+def gather(bank: Array, row: Array, column: Array, length: Array, offset: Array, samples: int) -> Array:
+    """Pieces of clips on the device: int16 [rows, ROW] and four int32 [B] → int16 [B, samples].
+
+    A piece that runs past its clip's end goes on at its beginning, as in ``Bank.gather``.
+    """
+    step = (offset[:, None] + jnp.arange(samples, dtype=jnp.int32)) % length[:, None]
+    return bank[locate(row[:, None], column[:, None], step)]
+
+
+def mix(own: Array, partner: Array, gain: Array, partner_level: Array) -> Array:
+    """Two int16 [B, T] → float32 [B, T] in ±1 at gain 1: the partner at ``partner_level`` times the RMS of ``own``.
+
+    A silent partner adds nothing.
+    """
+    own, partner = own.astype(jnp.float32) / 32768.0, partner.astype(jnp.float32) / 32768.0
+    own_power, partner_power = jnp.mean(own * own, axis=1), jnp.mean(partner * partner, axis=1)
+    factor = jnp.where(partner_power > 0, partner_level * jnp.sqrt(own_power / jnp.maximum(partner_power, 1e-12)), 0.0)
+    return gain[:, None] * (own + factor[:, None] * partner)
+
+
+def render(bank: Array, recipe: Recipe, samples: int) -> Array:
+    """Views as waveforms: a bank of rows (int16 [rows, ROW]) and recipes [B] → float32 [B, samples]."""
+    own = gather(bank, recipe.row, recipe.column, recipe.length, recipe.offset, samples)
+    partner = gather(bank, recipe.partner_row, recipe.partner_column, recipe.partner_length, recipe.partner_offset, samples)
+    return mix(own, partner, recipe.gain, recipe.partner_level)
+
+
+def pieces(bank: Bank, views: Views, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The arguments of ``mix`` for views of one length, read from the memory-mapped bank, whatever its size."""
+    columns = {name: column[rows] for name, column in views.columns.items()}
+    samples = int(columns["samples"][0])
+    own = bank.gather(columns["clip"], columns["offset"], samples)
+    partner = np.zeros_like(own)
+    mixed = columns["partner"] >= 0
+    if mixed.any():
+        partner[mixed] = bank.gather(columns["partner"][mixed], columns["partner_offset"][mixed], samples)
+    return own, partner, *levels(views, rows)
+
+
+_mix = jax.jit(mix)
+
+
+def render_on_host(bank: Bank, views: Views, rows: np.ndarray) -> np.ndarray:
+    """Views of one length as waveforms, float32 [len(rows), T], without a copy of the bank on the device."""
+    return np.asarray(_mix(*pieces(bank, views, rows)))

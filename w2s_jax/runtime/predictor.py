@@ -1,0 +1,307 @@
+"""Named values from a waveform, whole or in windows, by a model directory or any ONNX file with the same two ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from w2s_jax import SAMPLING_RATE
+from w2s_jax.artifacts import MismatchError, UsageError, W2SError
+
+FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
+SIGNAL, LOGITS = "signal", "logits"
+#: The shortest input where the file does not say: one STFT frame of Wav2Small.
+MINIMUM_SAMPLES = 64
+
+
+class Predictor:
+    """An exported model, ready to run: ``predictor(wave, sampling_rate)`` → ``{"arousal": 0.61, ...}``.
+
+    One predictor may be called from several threads at once. Memory does not grow from call to call, whatever the lengths;
+    a call needs about 2 MB per second of audio, so hours belong into :meth:`windows`.
+
+    Args:
+        path: a model directory, or an .onnx file with input ``signal`` float32 [1, time] and output ``logits`` [1, D].
+        kind: which file of a directory, "fp32" (the default) or "int8".
+        threads: CPU threads per call.
+        dimensions: names of the D outputs, for a file whose metadata has none.
+
+    Attributes:
+        dimensions: tuple of names, in output order.
+        metadata: what the file says of itself, a dict of strings.
+        sampling_rate: what the network hears, in Hz.
+        minimum_samples: the shortest input at that rate.
+        path: the .onnx file.
+
+    Raises:
+        UsageError: nothing at that path, no such kind, or another kind of network.
+        MismatchError: the names given are not as many as the outputs, or not those in the file.
+        W2SError: the file is damaged.
+
+    Example:
+        >>> predictor = Predictor("model", kind="int8")  # doctest: +SKIP
+        >>> predictor(wave, 16000)  # doctest: +SKIP
+        {'arousal': 0.61, 'dominance': 0.58, 'valence': 0.40}
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        kind: str | None = None,
+        threads: int = 1,
+        dimensions: Sequence[str] | None = None,
+    ):
+        self.path = _model_file(Path(path), kind)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
+        # both keep memory for every length they have seen
+        options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+        options.log_severity_level = 4  # errors arrive as exceptions
+        try:
+            self._session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exception classes share no base and depend on the fault
+            raise W2SError(f"{self.path} is damaged or not an ONNX model: {_one_line(error)}") from error
+        outputs = self._check_ends()
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.dimensions = self._names(dimensions, outputs)
+        self.sampling_rate = self._number("sampling_rate", SAMPLING_RATE)
+        self.minimum_samples = self._number("minimum_samples", MINIMUM_SAMPLES)
+
+    def __call__(self, wave: np.ndarray, sampling_rate: int = SAMPLING_RATE) -> dict[str, float]:
+        """The values of one recording.
+
+        Silence is an input like any other: the network maps every silent (or constant) recording to the same finite values,
+        which mean nothing.
+
+        Args:
+            wave: floating point [T], or [channels, T], whose channels are averaged. The level does not matter to Wav2Small.
+            sampling_rate: of ``wave``, in Hz; other rates than the network's are resampled (needs soxr).
+
+        Returns:
+            A float for each name in ``dimensions``; not clipped.
+
+        Raises:
+            UsageError: another shape or type, or fewer than ``minimum_samples``.
+            W2SError: a sample is not finite (names the first), or so large that the network overflows.
+        """
+        return self._run(self._prepared(wave, sampling_rate))
+
+    def windows(
+        self,
+        wave: np.ndarray | Iterable[np.ndarray],
+        sampling_rate: int = SAMPLING_RATE,
+        window: float = 5.0,
+        hop: float = 1.0,
+    ) -> Iterator[tuple[float, float, dict[str, float]]]:
+        """Values over time, each window judged for itself.
+
+        Windows begin at 0, hop, 2·hop, ... as long as they fit. If the last of them ends before the audio does, one more is
+        aligned with the end of the audio, so that no sample goes unheard (unless ``hop`` is larger than ``window``). Audio that
+        is shorter than a window is one shorter window.
+
+        Args:
+            wave: floating point [T] or [channels, T]; or an iterable of blocks [T] of any lengths at the network's rate, such
+                as ``w2s_jax.audio.blocks`` gives, of which no more than two windows and one block are ever held.
+            sampling_rate: of ``wave``, in Hz; blocks must be at the network's.
+            window, hop: in seconds.
+
+        Returns:
+            An iterator of (start, end, values), start and end in seconds.
+
+        Raises:
+            UsageError: a window shorter than ``minimum_samples``, a hop of less than a sample, blocks at another rate; and,
+                when the iterator gets there, as for a call.
+            W2SError: as for a call, when the iterator gets there; positions count from the start of the audio.
+        """
+        size, step = round(window * self.sampling_rate), round(hop * self.sampling_rate)
+        if size < self.minimum_samples:
+            raise UsageError(f"a window needs at least {self.minimum_samples} samples, got {window} s = {size}")
+        if step < 1:
+            raise UsageError(f"hop must be at least one sample, got {hop} s")
+        if isinstance(wave, np.ndarray):
+            return self._slide([self._prepared(wave, sampling_rate)], size, step)
+        if sampling_rate != self.sampling_rate:
+            raise UsageError(f"blocks must be at {self.sampling_rate} Hz, got {sampling_rate}; resample them, or give an array")
+        return self._slide(self._blocks(wave), size, step)
+
+    def __str__(self) -> str:
+        about = self.metadata
+        kind = about.get("kind")
+        parameters = f"{int(about['parameters']):,} parameters" if about.get("parameters", "").isdigit() else None
+        size = f"{self.path.stat().st_size / 1000:.0f} kB" if self.path.exists() else None
+        teacher = about.get("teacher", "not recorded")
+        if about.get("teacher_fingerprint"):
+            teacher += f" ({about['teacher_fingerprint']})"
+        lines = {
+            "file": ", ".join(part for part in (str(self.path), kind, size) if part),
+            "student": ", ".join(part for part in (about.get("student", "not recorded"), parameters) if part),
+            "dimensions": ", ".join(self.dimensions),
+            "input": f"mono, {self.sampling_rate} Hz, at least {self.minimum_samples} samples",
+            "teacher": teacher,
+            "licence": about.get("licence", "not recorded"),
+            "made with": f"w2s_jax {about['w2s_jax']}" if "w2s_jax" in about else "not recorded",
+        }
+        text = "\n".join(f"{name:<11} {value}" for name, value in lines.items())
+        if about.get("stand_in") == "true":
+            text += "\nSTAND-IN    the teacher only imitates an emotion model; these values say nothing about emotion"
+        second = f', kind="{kind}"' if self.path.name == FILES.get(kind) and kind != "fp32" else ""
+        place = self.path.parent if self.path.name in FILES.values() else self.path
+        return f'{text}\n\npredictor = Predictor("{place}"{second})\npredictor(wave, sampling_rate)  # wave: float [T]'
+
+    def __repr__(self) -> str:
+        return f"Predictor({str(self.path)!r}: {', '.join(self.dimensions)})"
+
+    def _check_ends(self) -> int:
+        """Number of outputs D of a session that has the two ends every model here has."""
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        ends = [(end.name, end.type, end.shape) for end in (*inputs, *outputs)]
+        fits = (
+            len(ends) == 2
+            and [end[:2] for end in ends] == [(SIGNAL, "tensor(float)"), (LOGITS, "tensor(float)")]
+            and [len(end[2]) for end in ends] == [2, 2]
+            and isinstance(ends[1][2][1], int)
+        )
+        if not fits:
+            raise UsageError(
+                f"{self.path}: expected float inputs and outputs {SIGNAL} [1, time] and {LOGITS} [1, D], "
+                f"got {', '.join(f'{name} {shape} {kind}' for name, kind, shape in ends)}"
+            )
+        return ends[1][2][1]
+
+    def _names(self, given: Sequence[str] | None, outputs: int) -> tuple[str, ...]:
+        recorded = tuple(name for name in self.metadata.get("dimensions", "").split(",") if name)
+        if isinstance(given, str):
+            raise UsageError(f"dimensions is a list of names, got the string {given!r}")
+        if given is not None and recorded and tuple(given) != recorded:
+            raise MismatchError(f"{self.path} has the dimensions {', '.join(recorded)}, not {', '.join(given)}")
+        names = recorded or tuple(given or ())
+        if not names:
+            raise UsageError(
+                f"the metadata of {self.path} does not name its {outputs} outputs; give them: Predictor(path, dimensions=[...])"
+            )
+        if len(names) != outputs:
+            raise MismatchError(f"{self.path} has {outputs} outputs, but {len(names)} names: {', '.join(names)}")
+        return names
+
+    def _number(self, key: str, default: int) -> int:
+        value = self.metadata.get(key, str(default))
+        if not value.isdigit() or int(value) < 1:
+            raise W2SError(f"{self.path}: metadata {key} is {value!r}, expected a positive whole number")
+        return int(value)
+
+    def _prepared(self, wave: np.ndarray, sampling_rate: int) -> np.ndarray:
+        """Check, mix down, resample: → float32 [T] at the network's rate."""
+        wave = np.asarray(wave)
+        if wave.ndim == 2 and wave.shape[0] <= wave.shape[1]:
+            wave = _checked(wave.reshape(-1), 0, wave.shape[1]).reshape(wave.shape).mean(axis=0)
+        elif wave.ndim == 1:
+            wave = _checked(wave, 0)
+        else:
+            raise UsageError(f"expected a waveform [T] or [channels, T], got {list(wave.shape)}")
+        if sampling_rate != self.sampling_rate:
+            if not sampling_rate > 0:
+                raise UsageError(f"expected a sampling rate in Hz, got {sampling_rate}")
+            import soxr
+
+            wave = soxr.resample(wave, sampling_rate, self.sampling_rate)
+        return wave
+
+    def _blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        position = 0
+        for block in blocks:
+            block = np.asarray(block)
+            if block.ndim != 1:
+                raise UsageError(f"expected blocks [T], got one of shape {list(block.shape)}")
+            yield _checked(block, position)
+            position += len(block)
+
+    def _slide(self, blocks: Iterable[np.ndarray], size: int, step: int) -> Iterator[tuple[float, float, dict[str, float]]]:
+        ring = _Ring(size)
+        due = size  # where the next window ends
+        judged = 0  # where the last window ended
+        for block in blocks:
+            while ring.end + len(block) >= due:
+                head, block = np.split(block, [due - ring.end])
+                ring.push(head)
+                yield self._judged(ring)
+                judged, due = due, due + step
+            ring.push(block)
+        if judged < ring.end or judged == 0:
+            yield self._judged(ring)
+
+    def _judged(self, ring: _Ring) -> tuple[float, float, dict[str, float]]:
+        wave = ring.last()
+        values = self._run(wave)
+        return (ring.end - len(wave)) / self.sampling_rate, ring.end / self.sampling_rate, values
+
+    def _run(self, wave: np.ndarray) -> dict[str, float]:
+        if len(wave) < self.minimum_samples:
+            raise UsageError(f"expected at least {self.minimum_samples} samples at {self.sampling_rate} Hz, got {len(wave)}")
+        try:
+            (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]})
+        except Exception as error:  # as above
+            raise W2SError(f"{self.path} failed on {len(wave)} samples: {_one_line(error)}") from error
+        if not np.isfinite(logits).all():
+            raise W2SError(
+                f"{self.path} gave values that are not finite; the largest sample is {np.abs(wave).max():.3g}, expected about 1"
+            )
+        return dict(zip(self.dimensions, logits[0].tolist(), strict=True))
+
+
+class _Ring:
+    """The last ``size`` samples of a stream, contiguous, at a constant cost per sample."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.end = 0  # samples pushed so far
+        self._held = np.empty(2 * size, np.float32)
+        self._filled = 0
+
+    def push(self, block: np.ndarray) -> None:
+        self.end += len(block)
+        block = block[-self.size :]
+        if self._filled + len(block) > len(self._held):
+            kept = self.last()[len(block) :] if len(block) < self.size else block[:0]
+            self._held[: len(kept)] = kept  # never overlaps: the last samples lie in the second half
+            self._filled = len(kept)
+        self._held[self._filled : self._filled + len(block)] = block
+        self._filled += len(block)
+
+    def last(self) -> np.ndarray:
+        return self._held[max(0, self._filled - self.size) : self._filled]
+
+
+def _model_file(path: Path, kind: str | None) -> Path:
+    if kind is not None and kind not in FILES:
+        raise UsageError(f"unknown kind {kind!r}; there are: {', '.join(FILES)}")
+    if path.is_dir():
+        file = path / FILES[kind or "fp32"]
+        if not file.is_file():
+            raise UsageError(f"no model in {path} (it has no {file.name})")
+        return file
+    if not path.exists():
+        raise UsageError(f"no model at {path}")
+    if kind is not None:
+        raise UsageError(f"kind chooses a file in a model directory, but {path} is a file")
+    return path
+
+
+def _checked(wave: np.ndarray, position: int, row: int | None = None) -> np.ndarray:
+    """As float32, all finite; ``position`` is that of the first sample, ``row`` the length of a channel."""
+    if not np.issubdtype(wave.dtype, np.floating):
+        raise UsageError(f"expected floating-point samples of about -1..1, got {wave.dtype} (divide integers by full scale)")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        wave = wave.astype(np.float32, copy=False)
+    finite = np.isfinite(wave)
+    if not finite.all():
+        first = int(finite.argmin())
+        raise W2SError(f"sample {position + (first % row if row else first)} is {wave[first]}, expected finite samples")
+    return wave
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,118 @@
+"""Any ONNX network from waveform to values as a teacher, and DNSMOS as the one that a package carries."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from w2s_jax import SAMPLING_RATE
+from w2s_jax.artifacts import UsageError, W2SError, fingerprint, missing_extra
+
+
+class OnnxTeacher:
+    """An ONNX model of one waveform input and K values output.
+
+    The input may be [time], [batch, time] or [batch, 1, time], float32 at 16 kHz; batch and time may be fixed or dynamic.
+    A fixed-length model hears a shorter view repeated until it fills the length, and of a longer view the mean of its
+    outputs over consecutive pieces, the last one aligned to the view's end. The output is [batch, K] or [K].
+
+    Args:
+        path: the .onnx file.
+        dimensions: names of the K values; default: the model's own metadata (``dimensions``, comma separated).
+        name, licence: for provenance.
+        threads: of onnxruntime; 0 takes all cores.
+
+    Raises:
+        UsageError: no such file, or the model does not have that form; names what was found.
+    """
+
+    stand_in = False
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        dimensions: tuple[str, ...] | None = None,
+        name: str | None = None,
+        licence: str | None = None,
+        threads: int = 0,
+    ) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise UsageError(f"no teacher at {path}: no such file")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise UsageError(f"{path} is not an ONNX model that onnxruntime can run: {str(error).splitlines()[0]}") from error
+        inputs = self._session.get_inputs()
+        form = [f"{node.name} {node.type} {node.shape}" for node in inputs]
+        if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) not in (1, 2, 3):
+            raise UsageError(f"{path}: a teacher has one float input [time], [batch, time] or [batch, 1, time]; got {form}")
+        if len(inputs[0].shape) == 3 and inputs[0].shape[1] not in (1, None) and isinstance(inputs[0].shape[1], int):
+            raise UsageError(f"{path}: a teacher's input has one channel; got {form}")
+        self._input, self._rank = inputs[0].name, len(inputs[0].shape)
+        length, batch = inputs[0].shape[-1], inputs[0].shape[0]
+        self._length = length if isinstance(length, int) else None
+        self._single = self._rank == 1 or batch == 1
+        if isinstance(batch, int) and batch != 1 and self._rank > 1:
+            raise UsageError(f"{path}: a teacher's batch is dynamic or 1; got {form}")
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        if metadata.get("sampling_rate", str(SAMPLING_RATE)) != str(SAMPLING_RATE):
+            raise UsageError(f"{path} expects {metadata['sampling_rate']} Hz; views have {SAMPLING_RATE} Hz")
+        named = tuple(filter(None, metadata.get("dimensions", "").split(",")))
+        self.dimensions = tuple(dimensions or named)
+        outputs = self._run(np.zeros((1, self._length or SAMPLING_RATE), np.float32)).shape[1]
+        if not self.dimensions:
+            raise UsageError(f"{path} does not name its {outputs} outputs; name them: --dimensions {','.join('abc'[:outputs])}")
+        if outputs != len(self.dimensions) or len(set(self.dimensions)) != outputs:
+            raise UsageError(f"{path} has {outputs} outputs, but the names are {', '.join(self.dimensions)}")
+        self.name = name or f"onnx:{path.name}"
+        self.licence = licence or metadata.get("licence", "unknown: ask whoever made the teacher")
+        self.stand_in = metadata.get("stand_in") == "true"
+        self.fingerprint = fingerprint(path, list(self.dimensions))
+
+    def _run(self, waves: np.ndarray) -> np.ndarray:
+        if self._single and len(waves) > 1:
+            return np.concatenate([self._run(wave[None]) for wave in waves])
+        shaped = {1: waves[0], 2: waves, 3: waves[:, None]}[self._rank]
+        try:
+            output = np.asarray(self._session.run(None, {self._input: shaped})[0], np.float32)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise W2SError(f"the teacher failed on {list(shaped.shape)}: {str(error).splitlines()[0]}") from error
+        if output.size % len(waves) or output.ndim > 2:
+            raise UsageError(f"a teacher's first output is [batch, K]; got {list(output.shape)} for a batch of {len(waves)}")
+        return output.reshape(len(waves), -1)
+
+    def __call__(self, waves: np.ndarray) -> np.ndarray:
+        waves = np.ascontiguousarray(waves, np.float32)
+        if self._length is None or waves.shape[1] == self._length:
+            return self._run(waves)
+        if waves.shape[1] < self._length:
+            return self._run(np.take(waves, np.arange(self._length), axis=1, mode="wrap"))
+        starts = [*range(0, waves.shape[1] - self._length, self._length), waves.shape[1] - self._length]
+        return np.mean([self._run(waves[:, at : at + self._length]) for at in starts], axis=0, dtype=np.float32)
+
+
+def dnsmos(checkpoint_dir: str | os.PathLike | None = None) -> OnnxTeacher:
+    """DNSMOS P.835 (Reddy et al. 2022): signal, background and overall quality of noisy speech, about 1..5.
+
+    The raw outputs of the network, without the polynomial that the package puts behind them. The file comes with the PyPI
+    package speechmos, or lies in ``checkpoint_dir`` as sig_bak_ovr.onnx.
+    """
+    if checkpoint_dir is None:
+        package = importlib.util.find_spec("speechmos")  # found, not imported: its import needs half a dozen packages
+        if package is None:
+            raise missing_extra("speechmos", "teacher")
+        checkpoint_dir = Path(package.submodule_search_locations[0]) / "dnsmos_models"
+    return OnnxTeacher(
+        Path(checkpoint_dir) / "sig_bak_ovr.onnx",
+        dimensions=("sig", "bak", "ovrl"),
+        name="dnsmos",
+        licence="MIT (speechmos)",
+    )

@@ -1,0 +1,204 @@
+"""Views: recipes for exact pieces of audio, so that the teacher labels what the student will hear.
+
+A view says which clip, from which sample, how long, how loud, and what is mixed into it. ``draw`` makes a table of them;
+``w2s_jax.render`` turns recipes into waveforms.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from w2s_jax import SAMPLING_RATE
+from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint, write_atomic
+from w2s_jax.bank import Bank
+from w2s_jax.corpora import SPLITS
+
+#: Column → numpy type. ``partner`` is -1 where nothing is mixed in; ``offset`` counts samples from the clip's beginning.
+COLUMNS = {
+    "view": np.int64,
+    "split": object,
+    "samples": np.int32,
+    "clip": np.int32,
+    "offset": np.int32,
+    "gain_db": np.float32,
+    "partner": np.int32,
+    "partner_offset": np.int32,
+    "snr_db": np.float32,
+}
+
+
+class Views:
+    """A table of views.
+
+    Attributes:
+        columns: name → numpy array [views], as in ``COLUMNS``.
+        about: how they were drawn, with the fingerprint of the bank that they belong to.
+        fingerprint: identifies the table.
+    """
+
+    def __init__(self, columns: dict[str, np.ndarray], about: dict) -> None:
+        self.columns = columns
+        self.about = about
+        numbers = [columns[name].tobytes() for name, kind in COLUMNS.items() if kind is not object]
+        self.fingerprint = fingerprint(about, list(columns["split"]), *numbers)
+
+    def __len__(self) -> int:
+        return len(self.columns["view"])
+
+    def where(self, split: str, samples: int | None = None) -> np.ndarray:
+        """Row numbers of a split, of one length in samples if given: int64 [n]."""
+        chosen = self.columns["split"] == split
+        if samples is not None:
+            chosen &= self.columns["samples"] == samples
+        return np.flatnonzero(chosen)
+
+    def check(self, bank: Bank) -> Views:
+        """Refuse a bank that these views were not drawn from; returns the views.
+
+        Raises:
+            MismatchError: with both fingerprints.
+        """
+        if self.about["bank"] != bank.fingerprint:
+            raise MismatchError(
+                f"the views belong to bank {self.about['bank']}, but {bank.path} is bank {bank.fingerprint}; "
+                "draw the views again (w2s views draw) or give the bank that they were drawn from"
+            )
+        return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the table as parquet, atomically."""
+        table = pa.table({name: pa.array(self.columns[name]) for name in COLUMNS})
+        table = table.replace_schema_metadata({"w2s": json.dumps({**self.about, "fingerprint": self.fingerprint})})
+        write_atomic(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def read(path: str | os.PathLike) -> Views:
+    """Read a table of views.
+
+    Raises:
+        UsageError: no such file, or not views.
+        W2SError: the file is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no views at {path}: no such file; make them with w2s views draw BANK --out {path}")
+    try:
+        table = pq.read_table(path)
+        about = json.loads((table.schema.metadata or {}).get(b"w2s", b"{}"))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise W2SError(f"{path} is damaged or not parquet: {error}") from error
+    if about.get("format") != "w2s-views" or set(COLUMNS) - set(table.column_names):
+        raise UsageError(f"{path} is a parquet file, but not a table of views; make one with w2s views draw")
+    stored = about.pop("fingerprint")
+    views = Views({name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()}, about)
+    if views.fingerprint != stored:
+        raise W2SError(f"{path} was changed after it was written (fingerprint {views.fingerprint}, expected {stored})")
+    return views
+
+
+def draw(
+    bank: Bank,
+    *,
+    per_clip: int = 4,
+    eval_per_clip: int = 1,
+    seconds: tuple[float, ...] = (2.0, 5.0),
+    mix: float = 0.5,
+    gain_db: tuple[float, float] = (-6.0, 6.0),
+    snr_db: tuple[float, float] = (0.0, 20.0),
+    min_seconds: float = 0.5,
+    seed: int = 0,
+) -> Views:
+    """Draw views of every clip.
+
+    Training views are random: a length from ``seconds`` that fits into the clip, a crop, a gain and, for a part of them, a
+    mixture with a random piece of another training clip. Validation and test views are clean and fixed: the longest
+    length that fits, evenly spaced crops, gain 0. A clip that is shorter than the shortest length is repeated to fill it:
+    nothing is padded with zeros.
+
+    Args:
+        bank: the clips.
+        per_clip, eval_per_clip: views of each training clip, and of each validation or test clip.
+        seconds: the lengths (buckets) in seconds.
+        mix: share of the training views that are mixtures, 0..1.
+        gain_db, snr_db: ranges, uniform in dB; the gain is applied to the finished mixture.
+        min_seconds: clips that are shorter have no views.
+        seed: of the random numbers.
+
+    Raises:
+        UsageError: an option out of range.
+        W2SError: no clip is long enough.
+    """
+    lengths = np.array(sorted({round(second * SAMPLING_RATE) for second in seconds}), np.int32)
+    if not len(lengths) or lengths[0] < 64:
+        raise UsageError(f"view lengths must be at least 64 samples (0.004 s), got {seconds} seconds")
+    if per_clip < 1 or eval_per_clip < 1 or not 0 <= mix <= 1:
+        raise UsageError(f"expected per_clip ≥ 1, eval_per_clip ≥ 1, 0 ≤ mix ≤ 1; got {per_clip}, {eval_per_clip}, {mix}")
+    if gain_db[0] > gain_db[1] or snr_db[0] > snr_db[1]:
+        raise UsageError(f"a range goes from low to high; got gain {gain_db}, SNR {snr_db}")
+    rng = np.random.default_rng(seed)
+    available = bank.clips["samples"]
+    usable = available >= min_seconds * SAMPLING_RATE
+    parts = []
+    for split in SPLITS:
+        clips = np.flatnonzero((bank.clips["split"] == split) & usable)
+        if not len(clips):
+            continue
+        training = split == "train"
+        copies = per_clip if training else eval_per_clip
+        partners_from, number = clips, np.tile(np.arange(copies), len(clips))
+        clips = np.repeat(clips, copies)
+        fitting = np.maximum(np.searchsorted(lengths, available[clips], side="right"), 1)
+        bucket = rng.integers(0, fitting) if training else fitting - 1
+        samples = lengths[bucket]
+        # where a crop may begin: anywhere that fits; anywhere at all in a clip that is repeated
+        room = np.where(available[clips] >= samples, available[clips] - samples + 1, available[clips])
+        if training:
+            offset = rng.integers(0, room)
+            mixed = rng.random(len(clips)) < mix
+            partner = partners_from[rng.integers(0, len(partners_from), len(clips))]
+            mixed &= partner != clips
+            partner_offset = rng.integers(0, available[partner])
+            gain = rng.uniform(*gain_db, len(clips))
+            snr = rng.uniform(*snr_db, len(clips))
+        else:
+            offset = ((2 * number + 1) * (room - 1)) // (2 * copies)
+            mixed = np.zeros(len(clips), bool)
+            partner = partner_offset = gain = snr = np.zeros(len(clips))
+        parts.append(
+            {
+                "split": np.full(len(clips), split, object),
+                "samples": samples,
+                "clip": clips,
+                "offset": offset,
+                "gain_db": gain,
+                "partner": np.where(mixed, partner, -1),
+                "partner_offset": np.where(mixed, partner_offset, 0),
+                "snr_db": np.where(mixed, snr, 0),
+            }
+        )
+    if not parts:
+        raise W2SError(f"none of the {len(bank)} clips is as long as {min_seconds} s; see min_seconds")
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS if name != "view"}
+    columns["view"] = np.arange(len(columns["clip"]))
+    columns = {name: columns[name].astype(kind) for name, kind in COLUMNS.items()}
+    about = {
+        "format": "w2s-views",
+        "version": 1,
+        "bank": bank.fingerprint,
+        "per_clip": per_clip,
+        "eval_per_clip": eval_per_clip,
+        "seconds": [float(second) for second in seconds],
+        "mix": mix,
+        "gain_db": list(gain_db),
+        "snr_db": list(snr_db),
+        "min_seconds": min_seconds,
+        "seed": seed,
+        "clips_too_short": int((~usable).sum()),
+    }
+    return Views(columns, about)
