@@ -106,6 +106,7 @@ def test_a_label_does_not_depend_on_the_batch():
         np.full(2 * RATE, 0.3),
         np.eye(1, 2 * RATE, 9000)[0],
         np.eye(1, 2 * RATE, 0)[0],
+        np.eye(1, 2 * RATE - 1, 0)[0] - np.eye(1, 2 * RATE - 1, 2 * RATE - 2)[0],
         np.sign(np.sin(2 * np.pi * 200 * TIME)),
         np.sin(2 * np.pi * 7900 * TIME),
         np.where(TIME > 1, 1.0, 0.0),
@@ -113,7 +114,19 @@ def test_a_label_does_not_depend_on_the_batch():
         np.resize([3e38, -3e38], 2 * RATE),
         np.r_[np.zeros(RATE), 1e-30 * np.random.default_rng(0).normal(size=RATE)],
     ],
-    ids=["silence", "dc", "click", "click at 0", "square", "ultrasonic", "step", "subnormal", "largest", "half silence"],
+    ids=[
+        "silence",
+        "dc",
+        "click",
+        "click at 0",
+        "clicks where no frame looks",
+        "square",
+        "ultrasonic",
+        "step",
+        "subnormal",
+        "largest",
+        "half silence",
+    ],
 )
 def test_odd_audio_gives_finite_labels(wave):
     labels = label(wave.astype(np.float32))

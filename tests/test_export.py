@@ -85,8 +85,11 @@ def place(request, tmp_path_factory, waves):
 @pytest.fixture(scope="module")
 def exported(place, waves):
     lines = []
-    # the judgement of int8 needs a trained student: random weights look at single frames
-    report = export_student(place / "run", place / "model", waves, progress=lines.append, min_int8_ccc=-1)
+    with pytest.MonkeyPatch.context() as patch:
+        if "17k" in str(place):  # the full list once is enough
+            patch.setattr(package, "PARITY_LENGTHS", (1021, 31_991))
+        # the judgement of int8 needs a trained student: random weights look at single frames
+        report = export_student(place / "run", place / "model", waves, progress=lines.append, min_int8_ccc=-1)
     assert lines
     return place, report
 
@@ -109,7 +112,7 @@ def test_report(exported):
         "README.md", "config.json", "model.int8.onnx", "model.onnx", "model.safetensors", "model.yaml",
     ]  # fmt: skip
     assert report["parity"]["max_difference"] <= report["parity"]["limit"] == 1e-4
-    assert max(report["parity"]["lengths"]) == 960_000
+    assert max(report["parity"]["lengths"]) == (31_991 if "17k" in str(place) else 960_000)
     assert report["parity"]["signals"] == ["noise", "silence", "audio"]
     assert report["int8"]["views"] == 4  # every fourth of the calibration waves
     assert report["int8"]["calibration_waves"] == 12
@@ -125,9 +128,10 @@ def test_three_readers_agree(exported, waves):
     student, variables, _ = checkpoint.load_student(place / "run")
     predictor, other = Predictor(place / "model"), audonnx.load(str(place / "model"))
     assert other.labels("logits") == list(predictor.dimensions) == TEACHER["dimensions"]
-    for length in (student.n_fft, 997, 4001, 20_011):
+    apply = jax.jit(student.apply)
+    for length in (student.n_fft, 4001, 20_011):
         wave = np.resize(waves[3], length)
-        expected = np.asarray(student.apply(variables, wave[None]))[0]
+        expected = np.asarray(apply(variables, wave[None]))[0]
         np.testing.assert_allclose(list(predictor(wave).values()), expected, atol=1e-4)
         np.testing.assert_allclose(np.ravel(other(wave, 16_000, outputs="logits")), expected, atol=1e-4)
 
@@ -206,7 +210,7 @@ def test_no_parity_no_directory(small, tmp_path, monkeypatch):
 def test_poor_int8_is_refused(small, tmp_path, waves, monkeypatch):
     monkeypatch.setattr(package, "PARITY_LENGTHS", ())
     with pytest.raises(W2SError, match=r"int8 is too far from fp32: CCC .* at least 2 expected"):
-        export_student(small, tmp_path / "model", waves, min_int8_ccc=2)
+        export_student(small, tmp_path / "model", waves[:8], waves[8:], min_int8_ccc=2)
     assert list(tmp_path.iterdir()) == []
 
 

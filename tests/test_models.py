@@ -62,6 +62,8 @@ def flax_variables(golden) -> dict:
 def check_against(golden) -> None:
     student, variables = models.build("wav2small"), flax_variables(golden)
     np.testing.assert_allclose(student.apply(variables, golden["wave"]), golden["logits"], atol=1e-5, rtol=1e-5)
+    image = LogMel().apply({"frontend": variables["frontend"]["logmel"]}, normalise(golden["wave"]))
+    np.testing.assert_allclose(image, golden["logmel"], atol=1e-3)
     fixed = variables["frontend"]["logmel"]
     np.testing.assert_allclose(fixed["real"].T, golden["weight/logmel.real.weight"][:, 0], atol=1e-6)
     np.testing.assert_allclose(fixed["imag"].T, golden["weight/logmel.imag.weight"][:, 0], atol=1e-6)
@@ -88,8 +90,8 @@ def test_shapes_names_and_level(name):
     variables = student.init(jax.random.key(0), wave)
     logits = student.apply(variables, wave)
     assert logits.shape == (2, 2)
-    # the level does not matter, nor who else is in the batch
-    np.testing.assert_allclose(student.apply(variables, 0.1 * wave[1:]), logits[1:], atol=2e-4)
+    # the level does not matter (but for the 1e-7 that is added to the variance), nor who else is in the batch
+    np.testing.assert_allclose(student.apply(variables, 3 * wave[1:]), logits[1:], rtol=1e-3, atol=1e-3)
     assert np.isfinite(student.apply(variables, np.zeros((1, 64), np.float32))).all()
 
 

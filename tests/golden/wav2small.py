@@ -13,7 +13,7 @@ import numpy as np
 
 
 def peer_golden(peer_path: str) -> dict[str, np.ndarray]:
-    """Arrays under ``weight/NAME`` (the peer's state), ``wave`` float32 [2, T], ``logmel`` [2, time, mel], ``logits`` [2, 3]."""
+    """Arrays: ``weight/NAME`` (the peer's state), ``wave`` float32 [2, T], ``logmel`` [2, time, mel], ``logits`` [2, 3]."""
     import torch
 
     spec = importlib.util.spec_from_file_location("peer", peer_path)

@@ -111,12 +111,15 @@ def statistics(wave: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
     wave = wave.astype(np.float64)
     centred = wave - wave.mean()
     peak = np.abs(centred).max()
-    if peak <= 1e-6 * np.abs(wave).max():  # silence, or a constant with rounding noise
-        return dict.fromkeys(TERMS, 0.0), {name: float(name == "rate") for name in TERMS}
+    silence = dict.fromkeys(TERMS, 0.0), {name: float(name == "rate") for name in TERMS}
+    if peak <= 1e-6 * np.abs(wave).max():  # zeros, or a constant with rounding noise
+        return silence
 
     frames = np.lib.stride_tricks.sliding_window_view(centred / peak, FRAME)[::HOP]
     spectrum = np.fft.rfft(frames * _WINDOW, N_FFT)
     power = spectrum.real**2 + spectrum.imag**2
+    if not power.any():  # all of it lies where no frame looks: at the ends, under the window's zeros
+        return silence
     energy = power.sum(axis=1) / power.sum(axis=1).max()
     weight = energy**0.3 / (energy**0.3).sum()
 

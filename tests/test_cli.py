@@ -1,0 +1,198 @@
+"""The command line as scripts see it: exit codes, one-line errors, --json, --help, and the chain end to end."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import voice
+
+from w2s_jax import cli
+
+COMMANDS = ["bank build", "views draw", "label", "train", "eval", "export", "predict", "quickstart"]
+
+
+@pytest.fixture
+def w2s(monkeypatch, capsys):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["w2s", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_json(w2s, command):
+    code, out, _ = w2s(*command.split(), "--help")
+    assert code == 0
+    assert "--json" in out
+    assert len(out.split()) > 40
+
+
+def test_the_commands_are_these(w2s):
+    code, out, _ = w2s("--help")
+    assert code == 0
+    assert all(command.split()[0] in out for command in COMMANDS)
+    assert w2s("--version")[1].startswith("w2s ")
+
+
+@pytest.fixture(scope="module")
+def chain(corpus, tmp_path_factory):
+    """Every command once, in processes of their own; their last lines."""
+    at = tmp_path_factory.mktemp("chain")
+    lines = {}
+    for name, command in {
+        "bank": f"bank build {corpus / 'corpus.csv'} --corpus csv --out {at / 'bank'}",
+        "views": f"views draw {at / 'bank'} --out {at / 'views.parquet'} --seconds 0.5 --per-clip 3",
+        "label": f"label {at / 'bank'} {at / 'views.parquet'} --teacher acoustic --out {at / 'labels'}",
+        "train": f"train wav2small --bank {at / 'bank'} --views {at / 'views.parquet'} --labels {at / 'labels'} "
+        f"--workdir {at / 'run'} --set steps=4 --set eval_every=2 --set fields.channels=3 --set batch_size=4",
+        "eval": f"eval {at / 'run'} --bank {at / 'bank'} --views {at / 'views.parquet'} --labels {at / 'labels'}",
+        "export": f"export {at / 'run'} --out {at / 'model'}",
+        "eval_model": f"eval {at / 'model'} --bank {at / 'bank'} --views {at / 'views.parquet'} --labels {at / 'labels'}",
+        "predict": f"predict {at / 'model'} {corpus / '00.wav'} {corpus / '20.wav'} --window 0.5 --format jsonl",
+    }.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "w2s_jax.cli", *shlex.split(command), "--json"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        lines[name] = [json.loads(done.stdout.splitlines()[-1]), done]
+    return at, lines
+
+
+def test_the_chain_ends_in_predictions(chain, corpus):
+    at, lines = chain
+    assert lines["bank"][0]["clips"] == 24
+    assert lines["label"][0]["teacher"]["stand_in"] is True
+    assert "stand-in" in lines["label"][1].stdout
+    assert lines["train"][0]["steps"] == 4
+    assert lines["export"][0]["parity"]["max_difference"] <= 1e-4
+    rows = [json.loads(line) for line in lines["predict"][1].stdout.splitlines()[:-1]]
+    assert {row["file"] for row in rows} == {str(corpus / "00.wav"), str(corpus / "20.wav")}
+    assert lines["predict"][0]["rows"] == len(rows)
+    # Flax and ONNX are the same student
+    for name, score in lines["eval"][0]["teacher"].items():
+        if name != "mean":
+            assert abs(score["ccc"] - lines["eval_model"][0]["teacher"][name]["ccc"]) < 1e-3
+    # progress is for people, and goes to stderr
+    assert "views" in lines["label"][1].stderr
+
+
+def test_prediction_formats(chain, corpus, tmp_path, w2s):
+    model = chain[0] / "model"
+    odd = tmp_path / 'a "quoted", name\n.wav'
+    soundfile.write(odd, voice(1.0, 3), 22_050)
+    files = [corpus / "01.wav", odd]
+    _, out, _ = w2s("predict", model, *files, "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["file"] for row in rows] == [str(files[0]), str(odd).replace("\n", "\\n")]
+    _, out, _ = w2s("predict", model, *files, "--format", "json")
+    assert [float(row["valence"]) for row in rows] == [row["valence"] for row in json.loads(out)]
+    _, out, _ = w2s("predict", model, files[0])
+    assert "valence" in out
+
+
+def test_one_unreadable_file_does_not_stop_the_rest(chain, corpus, tmp_path, w2s):
+    (tmp_path / "empty.wav").touch()
+    code, out, err = w2s(
+        "predict", chain[0] / "model", tmp_path / "empty.wav", corpus / "02.wav", "--format", "jsonl", "--json"
+    )
+    assert code == 1
+    *rows, last = map(json.loads, out.splitlines())
+    assert [row["file"] for row in rows] == [str(corpus / "02.wav")]
+    assert (last["files"], last["failures"]) == (2, 1)
+    assert "empty.wav" in err
+
+
+def test_long_files_are_read_in_windows(chain, tmp_path, w2s):
+    soundfile.write(tmp_path / "long.wav", np.tile(voice(5.0, 1), 15), 16_000)  # 75 s: over the limit of one piece
+    _, out, _ = w2s("predict", chain[0] / "model", tmp_path / "long.wav", "--format", "jsonl")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [(row["start"], row["end"]) for row in rows[:2]] == [(0, 10), (10, 20)]
+    assert rows[-1]["end"] == 75
+    _, out, _ = w2s("predict", chain[0] / "model", tmp_path / "long.wav", "--format", "jsonl", "--window", "5", "--hop", "10")
+    assert [json.loads(line)["start"] for line in out.splitlines()] == [0, 10, 20, 30, 40, 50, 60, 70]
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("bank build {tmp}/none --out {tmp}/out", 2, "does not exist"),
+        ("bank build {tmp}/empty --out {tmp}/out", 1, "{tmp}/empty"),
+        ("bank build {corpus} --out {tmp}/out --corpus tape", 2, "'tape'"),
+        ("bank build {corpus} --out {tmp}/out --fractions 1,2", 2, "--fractions takes 3 numbers"),
+        ("views draw {tmp}/none --out {tmp}/out", 2, "no bank at"),
+        ("views draw {at}/bank --out {tmp}/out --mix 2", 2, "--mix"),
+        ("views draw {at}/bank --out {tmp}/out --seconds x", 2, "--seconds takes some numbers"),
+        ("label {at}/bank {tmp}/none --teacher acoustic --out {tmp}/out", 2, "no views at"),
+        ("label {at}/bank {at}/views.parquet --teacher nobody --out {tmp}/out", 2, "unknown teacher 'nobody'"),
+        ("label {at}/bank {at}/views.parquet --teacher onnx:{tmp}/x.onnx --out {tmp}/out", 2, "no teacher at"),
+        ("label {at}/bank {at}/views.parquet --teacher acoustic", 2, "Missing option '--out'"),
+        ("train wav2big {data} --workdir {tmp}/out", 2, "unknown student 'wav2big'"),
+        ("train {tmp}/none.py {data} --workdir {tmp}/out", 2, "no experiment at"),
+        ("train wav2small {data} --workdir {tmp}/out --set steps=x", 2, "expected int"),
+        ("train wav2small_17k {data} --workdir {at}/run", 1, "holds another run"),
+        ("eval {tmp}/none --bank {at}/bank", 2, "no run"),
+        ("eval {at}/run --bank {tmp}/none", 2, "no bank at"),
+        ("eval {at}/run --bank {at}/bank --labels {at}/labels", 2, "--views"),
+        ("export {tmp}/none --out {tmp}/out", 2, "no run at"),
+        ("export {tmp}/empty --out {tmp}/out", 2, "no student at"),
+        ("predict {tmp}/none {corpus}/00.wav", 2, "{tmp}/none"),
+        ("predict {at}/model {tmp}/none.wav", 1, "none.wav"),
+        ("predict {at}/model {corpus}/00.wav --window 0", 2, "--window"),
+        ("predict {at}/model {corpus}/00.wav --hop 1", 2, "--hop goes with --window"),
+        ("nonsense", 2, "No such command"),
+    ],
+)
+def test_errors_are_one_line_with_the_right_code(w2s, chain, corpus, tmp_path, command, code, message):
+    (tmp_path / "empty").mkdir()
+    at = chain[0]
+    names = {"tmp": tmp_path, "at": at, "corpus": corpus}
+    names["data"] = f"--bank {at}/bank --views {at}/views.parquet --labels {at}/labels"
+    got, out, err = w2s(*shlex.split(command.format(**names)))
+    errors = [line for line in err.splitlines() if line.startswith("w2s: error: ")]
+    assert got == code
+    assert errors, err
+    assert any(message.format(**names) in line for line in errors)
+    assert "Traceback" not in err + out
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.*[!k]"))  # nothing but a lock
+
+
+def test_a_mismatch_of_bank_and_views_names_both(w2s, chain, corpus, tmp_path):
+    w2s("bank", "build", corpus / "corpus.csv", "--corpus", "csv", "--out", tmp_path / "same")
+    (tmp_path / "less.csv").write_text("file,split,speaker\n" + "".join(f"{corpus}/{n:02d}.wav,train,s\n" for n in range(3)))
+    w2s("bank", "build", tmp_path / "less.csv", "--corpus", "csv", "--out", tmp_path / "less")
+    arguments = chain[0] / "views.parquet", "--teacher", "acoustic", "--out", tmp_path / "labels"
+    assert w2s("label", tmp_path / "same", *arguments)[0] == 0  # the same audio and splits are the same bank
+    code, _, err = w2s("label", tmp_path / "less", *arguments)
+    assert code == 1
+    assert "the views belong to bank" in err
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    from w2s_jax.artifacts import UsageError
+
+    monkeypatch.setattr(sys, "argv", ["w2s", "export", "/none", "--out", "/none/out", "--debug"])
+    with pytest.raises(UsageError):
+        cli.main()
+
+
+def test_a_missing_extra_names_the_pip_command(w2s, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for module in ("bank", "views", "labels"):
+        monkeypatch.delitem(sys.modules, f"w2s_jax.{module}", raising=False)
+    code, _, err = w2s("views", "draw", tmp_path, "--out", tmp_path / "x")
+    assert code == 2
+    assert "pip install 'w2s-jax[train]'" in err
