@@ -6,6 +6,7 @@ Sizes and layer order follow the paper's public text and audEERING's public mode
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -13,11 +14,75 @@ from w2s_jax.models.frontend import LogMel, normalise
 from w2s_jax.models.pooling import AttentionPooling
 
 
-class ConvBlock(nn.Module):
-    """3×3 convolution without bias, BatchNorm, ReLU over an image [B, time, mel, C] → [B, time, mel, channels].
+@jax.custom_vjp
+def channel_sum(x: Array) -> Array:
+    """Sum over all axes but the last: [B, time, mel, C] → [C].
 
-    ``axis_name`` makes the BatchNorm moments those of the whole batch across the devices of a pmap.
+    On CPUs, XLA's own reduction to a few channels costs more than a convolution does; as a product with ones it is half as
+    long (measured: experiments/README.md). Accelerators reduce well.
     """
+    if jax.default_backend() != "cpu":
+        return x.sum(axis=(0, 1, 2))
+    rows = x.reshape(-1, x.shape[2] * x.shape[3])
+    total = lax.dot(jnp.ones((1, rows.shape[0]), x.dtype), rows, precision=lax.Precision.HIGHEST)
+    return total.reshape(x.shape[2:]).sum(axis=0)
+
+
+channel_sum.defvjp(lambda x: (channel_sum(x), x), lambda x, g: (jnp.broadcast_to(g, x.shape),))
+
+
+@jax.custom_vjp
+def scale_shift_relu(x: Array, scale: Array, shift: Array) -> Array:
+    """``max(x · scale + shift, 0)`` of [B, time, mel, C], [C], [C]; its gradients reduce with ``channel_sum``."""
+    return jnp.maximum(x * scale + shift, 0)
+
+
+def _scale_shift_relu_forward(x: Array, scale: Array, shift: Array):
+    y = scale_shift_relu(x, scale, shift)
+    return y, (x, scale, y)
+
+
+def _scale_shift_relu_backward(kept, g: Array):
+    x, scale, y = kept
+    g = jnp.where(y > 0, g, 0)
+    return g * scale, channel_sum(g * x), channel_sum(g)
+
+
+scale_shift_relu.defvjp(_scale_shift_relu_forward, _scale_shift_relu_backward)
+
+
+class BatchNormRelu(nn.Module):
+    """BatchNorm and ReLU of an image [B, time, mel, C], with the parameters and statistics of ``nn.BatchNorm``.
+
+    Momentum and epsilon are PyTorch's defaults (its 0.1 is 0.9 here), which the published students used. Under a pmap with
+    ``axis_name`` the moments are those of the whole global batch.
+    """
+
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        mean, var = running_mean.value, running_var.value
+        if train:
+            count = x.size // channels
+            moments = jnp.stack([channel_sum(x), channel_sum(x * x)]) / count
+            if self.axis_name is not None and not self.is_initializing():
+                moments = lax.pmean(moments, self.axis_name)
+            mean, var = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)
+            if not self.is_initializing():
+                running_mean.value = 0.9 * running_mean.value + 0.1 * mean
+                running_var.value = 0.9 * running_var.value + 0.1 * var
+        factor = scale * lax.rsqrt(var + 1e-5)
+        return scale_shift_relu(x, factor, bias - mean * factor)
+
+
+class ConvBlock(nn.Module):
+    """3×3 convolution without bias, BatchNorm, ReLU over an image [B, time, mel, C] → [B, time, mel, channels]."""
 
     channels: int
     axis_name: str | None = None
@@ -25,9 +90,23 @@ class ConvBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         x = nn.Conv(self.channels, (3, 3), padding=1, use_bias=False, name="conv")(x)
-        # momentum and epsilon are PyTorch's defaults (its 0.1 is 0.9 here), which the published students used
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name, name="norm")(x)
-        return nn.relu(x)
+        return BatchNormRelu(self.axis_name, name="norm")(x, train)
+
+
+def _halve(x: Array, axis: int) -> Array:
+    """Maximum of three neighbours with stride 2 and one zero of padding, along one axis; x ≥ 0.
+
+    As maxima of even and odd elements, because the gradient of XLA's windowed maximum costs twice as much on a CPU.
+    """
+    size = x.shape[axis]
+    half = (size + 1) // 2
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, 2 * half - size)
+    pairs = jnp.pad(x, pad).reshape(*x.shape[:axis], half, 2, *x.shape[axis + 1 :])
+    even, odd = (lax.index_in_dim(pairs, at, axis + 1, keepdims=False) for at in (0, 1))
+    pad[axis] = (1, 0)
+    before = lax.slice_in_dim(jnp.pad(odd, pad), 0, half, axis=axis)
+    return jnp.maximum(jnp.maximum(even, odd), before)
 
 
 class VGG7(nn.Module):
@@ -41,9 +120,8 @@ class VGG7(nn.Module):
         for layer in range(1, 8):
             x = ConvBlock(self.channels, self.axis_name, name=f"l{layer}")(x, train)
             if layer == 3:
-                # PyTorch's MaxPool2d(3, 2, 1); ReLU outputs are never below the zeros that pad it
-                x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-                x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
+                # PyTorch's MaxPool2d(3, 2, 1); what comes out of a ReLU is never below the zeros that pad it
+                x = _halve(_halve(x, 2), 1)
         return x
 
 
