@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pmap_against_jit import small_step
 
-from w2s_jax import checkpoint, config, metrics, models, teachers
+from w2s_jax import checkpoint, config, metrics, teachers
 from w2s_jax import labels as store
 from w2s_jax import train as training
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError
@@ -87,40 +91,19 @@ def test_batches_depend_on_seed_and_step_only():
             assert len(set(seen[length][epoch * members : (epoch + 1) * members])) == members
 
 
-def small_step(axis_name=None):
-    student = models.build("wav2small", channels=2, axis_name=axis_name)
-    variables = models.build("wav2small", channels=2).init(jax.random.key(0), jnp.zeros((1, 640)))
-    optimizer = optax.sgd(0.1)
-    state = training.State(
-        step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
-        optimizer=optimizer.init(variables["params"]),
-        average=(variables["params"], variables["batch_stats"]),
+def test_pmap_over_devices_is_jit_of_the_whole_batch():
+    """Four forced host devices need a process of their own."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("pmap_against_jit.py")],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
     )
-
-    def step(state, batch):
-        return training.train_step(
-            state, batch, student=student, frontend=variables["frontend"], optimizer=optimizer, l2=0.1, axis_name=axis_name
-        )
-
-    return step, state
-
-
-def test_pmap_with_an_axis_name_is_jit():
-    # one device here; several are compared where they exist. The reductions are all in the graph either way.
-    rng = np.random.default_rng(0)
-    batch = rng.standard_normal((6, 1000)).astype(np.float32), rng.standard_normal((6, 3)).astype(np.float32)
-    step, state = small_step()
-    expected, measured = jax.jit(step)(state, batch)
-    step, state = small_step("batch")
-    n = 1
-    parallel, parallel_measured = jax.pmap(step, axis_name="batch", in_axes=(None, 0))(
-        state, jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
-    )
-    np.testing.assert_allclose(parallel_measured["loss"][0], measured["loss"], rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(expected.params), jax.tree.leaves(parallel.params), strict=True):
-        np.testing.assert_allclose(b[0], a, atol=1e-5)
+    assert done.returncode == 0, done.stderr
+    devices, loss, params = done.stdout.split()
+    assert int(devices) == 4
+    assert float(loss) < 1e-5
+    assert float(params) < 1e-5
 
 
 def test_a_scan_is_its_steps():

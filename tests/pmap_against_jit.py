@@ -1,0 +1,60 @@
+"""Three steps under pmap on all devices against jit on one: prints the devices, the relative difference of the losses, the
+largest difference of the parameters.
+
+Run by test_train.py in a process with several forced host devices.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from w2s_jax import models
+from w2s_jax.train import State, train_step
+
+
+def small_step(axis_name=None):
+    student = models.build("wav2small", channels=2, axis_name=axis_name)
+    variables = models.build("wav2small", channels=2).init(jax.random.key(0), jnp.zeros((1, 640)))
+    optimizer = optax.sgd(0.1)
+    state = State(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        optimizer=optimizer.init(variables["params"]),
+        average=(variables["params"], variables["batch_stats"]),
+    )
+
+    def step(state, batch):
+        return train_step(
+            state, batch, student=student, frontend=variables["frontend"], optimizer=optimizer, l2=0.1, axis_name=axis_name
+        )
+
+    return step, state
+
+
+def largest(one, two) -> float:
+    """Largest difference between two trees of parameters, whose values are around 0.1 to 1."""
+    return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
+
+
+def main() -> None:
+    devices, rng = jax.local_device_count(), np.random.default_rng(0)
+    step, state = small_step()
+    parallel_step, _ = small_step("batch")
+    one, many = jax.jit(step), jax.pmap(parallel_step, axis_name="batch")
+    replicated = jax.tree.map(lambda x: jnp.stack([x] * devices), state)
+    losses = []
+    for _ in range(3):
+        batch = (
+            rng.standard_normal((4 * devices, 1000)).astype(np.float32),
+            rng.standard_normal((4 * devices, 3)).astype(np.float32),
+        )
+        state, measured = one(state, batch)
+        replicated, parallel = many(replicated, jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch))
+        losses.append(abs(float(measured["loss"]) - float(parallel["loss"][0])) / float(measured["loss"]))
+    print(devices, max(losses), largest(state.params, jax.tree.map(lambda x: x[0], replicated.params)))
+
+
+if __name__ == "__main__":
+    main()
