@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
 RATE = 16_000
+
+# a first call compiles, and test machines are busy: how long an example takes says nothing
+hypothesis.settings.register_profile("w2s", deadline=None)
+hypothesis.settings.load_profile("w2s")
 
 
 def voice(seconds: float, seed: int, pitch: float = 120.0) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import importlib.util
 import io
 import json
 import sys
@@ -138,8 +139,6 @@ def _figures(figures: dict[str, float]) -> str:
 
 def heavy(module: str, extra: str):
     """Import one of our modules whose dependencies come with an extra."""
-    import importlib
-
     try:
         return importlib.import_module(f"w2s_jax.{module}")
     except ModuleNotFoundError as error:
@@ -479,6 +478,9 @@ def quickstart(
     as_json: Json = False,
 ) -> None:
     """The whole chain on generated speech: minutes on a laptop, no network, no system package."""
+    for package in ("jax", "librosa", "matplotlib", "pyarrow", "tensorflow", "tf2onnx", "espeakng_loader"):
+        if importlib.util.find_spec(package) is None:  # one message for all, not one after the other
+            raise missing_extra(package, "all")
     module = heavy("quickstart", "all")
     finish(module.run(workdir, out, shown), as_json)
 

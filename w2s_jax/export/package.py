@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from w2s_jax import SAMPLING_RATE, __version__, checkpoint, models
+from w2s_jax import DIMENSIONS, SAMPLING_RATE, __version__, checkpoint, models
 from w2s_jax.artifacts import UsageError, W2SError, write_atomic
 from w2s_jax.export import onnx as graph
 from w2s_jax.export.deploy import deploy
@@ -248,12 +248,13 @@ def _versions() -> dict[str, str]:
 def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
     """The model card, with the front matter that Hugging Face reads."""
     teacher, dimensions = config["teacher"], config["dimensions"]
-    slug = re.sub(r"[\s_]+", "-", teacher["licence"].strip().lower())
+    slug = re.sub(r"[\s_]+", "-", teacher["licence"].split("(")[0].strip().lower())  # "MIT (whose)" is MIT
+    emotion = tuple(dimensions) == DIMENSIONS
     head = {
         "license": slug if slug in _HUB_LICENCES else "other",
         "library_name": "onnx",
         "pipeline_tag": "audio-classification",
-        "tags": ["speech-emotion", "knowledge-distillation", "wav2small", "onnx", *dimensions],
+        "tags": [*(["speech-emotion"] if emotion else []), "knowledge-distillation", "wav2small", "onnx", *dimensions],
     }
     if slug not in _HUB_LICENCES:
         head["license_name"] = teacher["licence"]
@@ -269,11 +270,16 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
         ]
     front = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items())  # JSON is YAML
 
-    warning = ""
+    warning, caution = "", ""
+    if emotion:
+        caution = (
+            "- The values describe how speech sounds to listeners on average. They are not a measure of what a person feels;\n"
+            "  do not decide about a person by them.\n"
+        )
     if teacher["stand_in"]:
         warning = (
-            "\n> **Stand-in teacher.** The labels behind this model only imitate an emotion teacher. It shows that the chain "
-            "works; its values say nothing about emotion.\n"
+            "\n> **Stand-in teacher.** The labels behind this model only imitate a real teacher. It shows that the chain "
+            "works; its values mean nothing else.\n"
         )
     sizes, parity, int8 = report["files"], report["parity"], report["int8"]
     rows = [f"| {FP32} | {sizes[FP32] / 1000:.0f} kB | at most {parity['max_difference']:.1e} from the Flax student |"]
@@ -307,7 +313,5 @@ Input `signal`, float32 `[1, time]`, any length from {facts["minimum_samples"]} 
 
 - Teacher: {teacher["name"]} (fingerprint {teacher["fingerprint"]}). The student learned its outputs, not human labels.
 - Licence of the teacher, whose terms this model inherits: {teacher["licence"]}
-- The values describe how speech sounds to listeners on average. They are not a measure of what a person feels; do not decide
-  about a person by them.
-- Made with w2s_jax {__version__}; how it was checked is in {REPORT}. `audonnx.load` reads this directory too.
+{caution}- Made with w2s_jax {__version__}; how it was checked is in {REPORT}. `audonnx.load` reads this directory too.
 """
