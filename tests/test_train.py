@@ -110,7 +110,7 @@ def test_a_scan_is_its_steps():
     step, state = small_step()
     rng = np.random.default_rng(0)
     waves, targets = rng.standard_normal((3, 4, 700)).astype(np.float32), rng.standard_normal((3, 4, 3)).astype(np.float32)
-    scanned, measured = jax.jit(lambda s, x: training._scan(step, s, x))(state, (waves, targets))
+    scanned, measured = jax.jit(lambda s, x: training.scan_steps(step, s, x))(state, (waves, targets))
     for at in range(3):
         state, one = jax.jit(step)(state, (waves[at], targets[at]))
         np.testing.assert_allclose(measured["loss"][at], one["loss"], rtol=1e-4)

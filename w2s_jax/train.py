@@ -128,7 +128,7 @@ def train_steps(state: State, bank: Array, table: Recipe, targets: Array, chosen
         recipe = jax.tree.map(lambda column: column[index], table)
         return step(state, (render(bank, recipe, samples), targets[index]))
 
-    return _scan(body, state, chosen)
+    return scan_steps(body, state, chosen)
 
 
 def train_steps_from_host(state: State, batch: tuple, step: Callable):
@@ -141,15 +141,34 @@ def train_steps_from_host(state: State, batch: tuple, step: Callable):
         *heard, targets = one
         return step(state, (mix(*heard), targets))
 
-    return _scan(body, state, batch)
+    return scan_steps(body, state, batch)
 
 
-def _scan(body: Callable, state: State, xs):
+def scan_steps(body: Callable, state: State, xs):
+    """Run ``body(state, x)`` over the leading axis of the arrays ``xs``: the last state, and all outputs stacked."""
     if len(jax.tree.leaves(xs)[0]) > 1:
         return lax.scan(body, state, xs)
     # one step needs no loop, and a loop would cost the CPU its threads
     state, out = body(state, jax.tree.map(lambda x: x[0], xs))
     return state, jax.tree.map(lambda x: x[None], out)
+
+
+def cropped(step: Callable, share: float, seed: int) -> Callable:
+    """A step that hears only a random part of each view, ``share`` of its length; where, is a function of (seed, step).
+
+    The label is still that of the whole view. This regularises a student of a small bank, as dropout over time would, and
+    makes steps cheaper; evaluation always hears whole views.
+    """
+    if share == 1.0:
+        return step
+
+    def step_on_a_part(state: State, batch: tuple[Array, Array]):
+        waves, targets = batch
+        length = max(round(waves.shape[1] * share), 64)
+        start = jax.random.randint(jax.random.fold_in(jax.random.key(seed), state.step), (), 0, waves.shape[1] - length + 1)
+        return step(state, (lax.dynamic_slice_in_dim(waves, start, length, axis=1), targets))
+
+    return step_on_a_part
 
 
 class Batches:
@@ -224,6 +243,8 @@ def train(
         raise UsageError("the views have no training split; build the bank with one")
     if config.steps < 1 or config.batch_size < 2 or config.eval_every < 1 or config.log_every < 1:
         raise UsageError("expected steps ≥ 1, batch_size ≥ 2 (CCC belongs to a set), eval_every ≥ 1, log_every ≥ 1")
+    if not 0 < config.crop <= 1:
+        raise UsageError(f"crop is the share of a view that a step hears, above 0 and at most 1; got {config.crop}")
     student = models.build(config.student, dimensions=len(labels.dimensions), **config.fields)
     with locked(workdir), _signals() as stop:
         return _Run(config, bank, views, labels, workdir, student, training, stop, progress).run()
@@ -288,7 +309,7 @@ class _Run:
         step = partial(
             train_step, student=self.student, frontend=self.frontend, optimizer=self.optimizer, l2=config.l2, ema=config.ema
         )
-        dispatch = self.dispatcher(step)
+        dispatch = self.dispatcher(cropped(step, config.crop, config.seed))
         scan = config.scan_steps or SCAN_STEPS.get(jax.default_backend(), 1)
         best = {"step": 0, "ccc": None}
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
