@@ -29,13 +29,13 @@ from w2s_jax.config import default
 
 #: ``small`` is what CI runs: a slice of the recordings and a few steps; it proves the chain, not the student.
 VARIANTS = {
-    "": {"steps": 750, "learning_rate": 5e-3, "eval_every": 125},
+    "": {"steps": 1375, "learning_rate": 3e-3, "crop": 0.6, "ema": 0.99, "weight_decay": 0.05, "eval_every": 125},
     "small": {"steps": 30, "eval_every": 15},
 }
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Batches of 16 views of 3 s."""
+    """Batches of 16 views; each step hears 1.8 s of the 3 s, or the student soon knows 1,365 clips by heart."""
     config = default("wav2small")
     config.update(VARIANTS[variant])
     return config

@@ -140,6 +140,31 @@ def test_the_student_speaks_in_the_labels_units(run, bank, views, labels):
     np.testing.assert_allclose(scores, [about["validation_ccc"][name] for name in labels.dimensions], atol=1e-5)
 
 
+def test_calibration_turns_ccc_into_correlation():
+    rng = np.random.default_rng(0)
+    known = rng.normal([3.0, 0.5], [0.7, 0.1], (500, 2))
+    raw = 0.6 * (known - known.mean(axis=0)) / known.std(axis=0) + rng.normal(0.1, 0.5, (500, 2))
+    mean, deviation = training.calibration(raw, known, known.std(axis=0))
+    expected = [np.corrcoef(raw[:, d], known[:, d])[0, 1] for d in range(2)]
+    np.testing.assert_allclose(metrics.ccc(raw * deviation + mean, known), expected, rtol=1e-9)
+    _, limited = training.calibration(raw * 1e-9, known, known.std(axis=0))  # a constant is not blown up
+    np.testing.assert_allclose(limited, 2 * known.std(axis=0))
+
+
+def test_a_crop_hears_a_part_and_depends_on_seed_and_step():
+    def step(state, batch):
+        return state, batch[0]
+
+    waves = np.arange(1000, dtype=np.float32)[None] + np.zeros((2, 1), np.float32)
+    state = training.State(step=jnp.int32(3), params={}, batch_stats={}, optimizer=(), average=())
+    one, again, other = (training.cropped(step, 0.6, seed)(state, (waves, None))[1] for seed in (0, 0, 1))
+    assert one.shape == (2, 600)
+    np.testing.assert_array_equal(one, again)
+    assert not np.array_equal(one, other)
+    np.testing.assert_array_equal(np.diff(one), 1)
+    assert training.cropped(step, 1.0, 0) is step
+
+
 def test_an_interrupted_run_ends_bit_for_bit_the_same(run, bank, views, labels, tmp_path):
     settings = config.load("wav2small", TINY)
 

@@ -30,6 +30,7 @@ def default(student: str = "wav2small") -> ConfigDict:
             "weight_decay": 1e-4,
             "l2": 0.1,  # weight of the squared error beside the CCC loss, on standardised labels
             "ema": 0.98,  # decay per step of the averaged weights that are evaluated and kept; 0: the last weights
+            "calibrate": True,  # give predictions the labels' mean and spread on the validation views; CCC asks for it
             "crop": 1.0,  # share of each view that a training step hears; below 1 it regularises, and steps are cheaper
             "clip_norm": 1.0,  # largest global norm of a gradient
             "eval_every": 200,  # steps between evaluations, each with a checkpoint

@@ -36,6 +36,8 @@ from w2s_jax.views import Views
 SCAN_STEPS = {"cpu": 1, "gpu": 32, "tpu": 32}
 #: Consecutive steps that take views of one length, so that a scan has one shape.
 LENGTH_RUN = 16
+#: Fewer validation views than this say too little about the spread of predictions to calibrate on.
+CALIBRATION_VIEWS = 100
 
 
 class Interrupted(W2SError):
@@ -396,10 +398,13 @@ class _Run:
         params, batch_stats = state.average
         variables = {"params": params, "batch_stats": batch_stats, "frontend": self.frontend}
         validation, concordance = self.views.where("validation"), None
+        mean, deviation = self.mean, self.deviation
         if len(validation):
-            predicted = predict_views(partial(self.infer, variables), self.bank, self.views, validation)
-            predicted = predicted * self.deviation + self.mean
-            scores = metrics.ccc(predicted, self.labels.values[validation])
+            raw = predict_views(partial(self.infer, variables), self.bank, self.views, validation)
+            known = self.labels.values[validation].astype(np.float64)
+            if self.config.calibrate and len(validation) >= CALIBRATION_VIEWS:
+                mean, deviation = calibration(raw, known, self.deviation)
+            scores = metrics.ccc(raw * deviation + mean, known)
             concordance = {name: float(score) for name, score in zip(self.labels.dimensions, scores, strict=True)}
             concordance["mean"] = float(scores.mean())
             self.log.write("validation", step, {f"ccc/{name}": score for name, score in concordance.items()})
@@ -411,7 +416,7 @@ class _Run:
                 self.workdir / "student",
                 self.config.student,
                 {"dimensions": len(self.labels.dimensions), **self.config.fields.to_dict()},
-                jax.device_get({**variables, "params": in_units(params, self.mean, self.deviation)}),
+                jax.device_get({**variables, "params": in_units(params, mean, deviation)}),
                 {
                     "dimensions": list(self.labels.dimensions),
                     "teacher": self.labels.about["teacher"],
@@ -427,6 +432,21 @@ class _Run:
         checkpoints.save(
             int(state.step), args=ocp.args.Composite(state=ocp.args.StandardSave(state), best=ocp.args.JsonSave(best))
         )
+
+
+def calibration(raw: np.ndarray, known: np.ndarray, deviation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation, [D] each, that give predictions the moments of their labels: ``raw · deviation + mean``.
+
+    On clips that it was not trained on a student is less sure, so its predictions spread less than the labels, and CCC counts
+    that as an error. With the labels' moments CCC is the correlation, the most that shifting and scaling can reach.
+
+    Args:
+        raw, known: predictions in the student's own unit and labels, [N, D] each, of views that were not trained on.
+        deviation: the unit that training assumed; the result is at most twice and at least half of it.
+    """
+    scale = known.std(axis=0) / np.maximum(raw.std(axis=0), 1e-6)
+    scale = np.clip(scale, deviation / 2, deviation * 2)
+    return known.mean(axis=0) - scale * raw.mean(axis=0), scale
 
 
 def in_units(params: dict, mean: np.ndarray, deviation: np.ndarray) -> dict:
