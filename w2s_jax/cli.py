@@ -112,16 +112,16 @@ def shown(what: str, unit: str) -> Iterator[Any]:
 
             yield report
         return
-    began, last, first, kept = time.monotonic(), [0.0], [None], {}
+    began, last, first, kept = time.monotonic(), [0.0, None], [None], {}
 
     def report(done: int, total: int, **figures: float) -> None:
         kept.update(figures)
         now = time.monotonic()
         if first[0] is None:
             first[0] = (done, now)
-        if now - last[0] < 10 and done < total:
+        if done == last[1] or (now - last[0] < 10 and done < total):
             return
-        last[0] = now
+        last[:] = now, done
         rate = (done - first[0][0]) / max(now - first[0][1], 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if done < total and rate > 0 else ""
         note = _figures(kept)
