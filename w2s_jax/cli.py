@@ -43,7 +43,8 @@ views_app = typer.Typer(help="Draw views: recipes for exact pieces of audio.", n
 app.add_typer(bank_app, name="bank")
 app.add_typer(views_app, name="views")
 
-out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, highlight=False)
+# no markup: a path may have brackets in it
+out, err = Console(soft_wrap=True, highlight=False, markup=False), Console(stderr=True, highlight=False, markup=False)
 
 #: The base of all usage errors; typer has its own copy of click since some release and does not export this class.
 ClickError = typer.BadParameter.__base__.__base__
@@ -270,7 +271,7 @@ def label(
     out.print(f"{into}: {about['count']} views labelled by {the_teacher.name} ({', '.join(the_teacher.dimensions)})")
     out.print(f"  licence that a student inherits: {the_teacher.licence}")
     if the_teacher.stand_in:
-        out.print("  [yellow]this teacher is a stand-in: its values only imitate arousal, dominance and valence[/yellow]")
+        out.print("  this teacher is a stand-in: its values only imitate arousal, dominance and valence", style="yellow")
     finish({"labels": str(into), **about, "seconds": round(seconds, 1)}, as_json)
 
 

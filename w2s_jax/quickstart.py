@@ -35,14 +35,14 @@ def run(workdir: Path, out: Console, shown: Callable) -> dict:
         The figures of the closing table.
     """
     began = time.perf_counter()
-    out.print("[bold]1/7[/bold] speak: sentences in seven languages, by eSpeak NG")
+    out.print("1/7 speak: sentences in seven languages, by eSpeak NG", style="bold")
     with shown("speak", "clips") as report:
         corpus = speech.make_corpus(workdir / "speech", progress=report)
-    out.print("[bold]2/7[/bold] decode into a bank")
+    out.print("2/7 decode into a bank", style="bold")
     with shown("decode", "clips") as report:
         build_bank(corpora.read("csv", corpus), workdir / "bank", corpus="csv", progress=report)
     bank = Bank(workdir / "bank")
-    out.print("[bold]3/7[/bold] draw views, and label them with the acoustic teacher (a stand-in: a rule, no emotion model)")
+    out.print("3/7 draw views, and label them with the acoustic teacher (a stand-in: a rule, no emotion model)", style="bold")
     drawn = views.draw(bank, **VIEWS)
     drawn.save(workdir / "views.parquet")
     with shown("label", "views") as report:
@@ -55,19 +55,19 @@ def run(workdir: Path, out: Console, shown: Callable) -> dict:
             progress=lambda done, total, rate: report(done, total, views_per_second=rate),
         )
     known = labels.read(workdir / "labels", drawn)
-    out.print("[bold]4/7[/bold] train Wav2Small, 72,659 parameters")
+    out.print("4/7 train Wav2Small, 72,659 parameters", style="bold")
     with shown("train", "steps") as report:
         trained = train.train(config.load("wav2small", SETTINGS), bank, drawn, known, workdir / "run", progress=report)
-    out.print("[bold]5/7[/bold] evaluate on voices that were never heard")
+    out.print("5/7 evaluate on voices that were never heard", style="bold")
     scores = evaluate(workdir / "run", bank, drawn, known, out=workdir / "run")["teacher"]
-    out.print("[bold]6/7[/bold] export to ONNX")
+    out.print("6/7 export to ONNX", style="bold")
     exported = export.export_student(
         workdir / "run",
         workdir / "model",
         calibration=bank.excerpts("train", 64, 5.0),
         check=bank.excerpts("validation", 128, 5.0),
     )
-    out.print("[bold]7/7[/bold] predict a held-out voice")
+    out.print("7/7 predict a held-out voice", style="bold")
     milliseconds = {}
     for kind in ("fp32", "int8"):
         predictor = Predictor(workdir / "model", kind=kind)
