@@ -194,7 +194,7 @@ def bank_build(
     with shown("decode", "clips") as report:
         about = bank.build(clips, into, corpus=corpus.value, workers=workers, max_failures=max_failures, progress=report)
     minutes = about["samples"] / SAMPLING_RATE / 60
-    splits = {name: sum(clip.split == name for clip in clips) for name in corpora.SPLITS}
+    splits = {name: int((bank.Bank(into).clips["split"] == name).sum()) for name in corpora.SPLITS}
     out.print(f"{into}: {about['clips']} clips, {minutes:.1f} minutes; " + ", ".join(f"{n} {s}" for s, n in splits.items()))
     finish({"bank": str(into), **about, "minutes": round(minutes, 2), "splits": splits}, as_json)
     if about["failures"]:

@@ -334,8 +334,9 @@ class _Run:
                     pairs = [self.batches(at) for at in range(done, end)]
                     chosen = np.stack([pair[1] for pair in pairs])
                     state, measured = dispatch(state, pairs[0][0], chosen)
+                    self.check(np.asarray(measured["loss"]), chosen, done)
                     if any(at % config.log_every == 0 for at in range(done + 1, end + 1)) or end == config.steps:
-                        self.report(measured, chosen, done, end, (end - first) / (time.perf_counter() - began))
+                        self.report(measured, end, (end - first) / (time.perf_counter() - began))
                     done = end
                     if done % config.eval_every == 0 or done == config.steps:
                         paused = time.perf_counter()
@@ -375,13 +376,18 @@ class _Run:
 
         return from_host
 
-    def report(self, measured: dict, chosen: np.ndarray, done: int, end: int, rate: float) -> None:
-        measured = jax.device_get(measured)
-        bad = np.flatnonzero(~np.isfinite(measured["loss"]))
+    def check(self, losses: np.ndarray, chosen: np.ndarray, done: int) -> None:
+        """Stop at the first loss [S] that is not finite; later ones would only follow from it."""
+        bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
             where = ", ".join(str(view) for view in self.training[chosen[bad[0]]])
-            raise W2SError(f"the loss is {measured['loss'][bad[0]]} at step {done + int(bad[0]) + 1} (views {where}); "
-                           "lower learning_rate, or look at these views' labels")  # fmt: skip
+            raise W2SError(
+                f"the loss is {losses[bad[0]]} at step {done + int(bad[0]) + 1} (views {where}); "
+                "lower learning_rate, or look at these views' labels"
+            )
+
+    def report(self, measured: dict, end: int, rate: float) -> None:
+        measured = jax.device_get(measured)
         figures = {
             "loss": float(measured["loss"].mean()),
             **{f"ccc/{d}": float(c) for d, c in zip(self.labels.dimensions, measured["ccc"].mean(axis=0), strict=True)},
