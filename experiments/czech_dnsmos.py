@@ -9,7 +9,8 @@ The recordings are Debian's fillets-ng-data-cs (106 minutes, Ogg, 22 and 44 kHz)
     python experiments/czech_dnsmos.py run --sound fillets/usr/share/games/fillets-ng/sound --out runs/czech
     python experiments/czech_dnsmos.py peer --peer torch_wav2small.py --out runs/czech         (needs torch, and the peer)
 
-``run`` calls the w2s commands that it prints: labelling takes 25 minutes on 2 cores, training 9. ``peer`` trains a PyTorch
+``run`` calls the w2s commands that it prints: labelling took 35 minutes on 2 busy cores,
+training takes 9. ``peer`` trains a PyTorch
 Wav2Small for as many seconds as ``run`` trained, on the same views, and prints its CCC. Results: experiments/README.md.
 """
 

@@ -153,6 +153,10 @@ def test_long_files_are_read_in_windows(chain, tmp_path, w2s):
         ("predict {at}/model {tmp}/none.wav", 1, "none.wav"),
         ("predict {at}/model {corpus}/00.wav --window 0", 2, "--window"),
         ("predict {at}/model {corpus}/00.wav --hop 1", 2, "--hop goes with --window"),
+        ("predict {at}/model/model.onnx {corpus}/00.wav --kind int8", 2, "kind"),
+        ("bank build {corpus}/corpus.csv --corpus csv --split-by folder --out {tmp}/out", 2, "--split-by is for"),
+        ("label {at}/bank {at}/views.parquet --teacher acoustic --dimensions a,b,c --out {tmp}/out", 2, "--dimensions is for"),
+        ("label {at}/bank {at}/views.parquet --teacher acoustic --checkpoint-dir {tmp} --out {tmp}/out", 2, "is for dnsmos"),
         ("nonsense", 2, "No such command"),
     ],
 )

@@ -183,6 +183,8 @@ def bank_build(
     the exit code is then 1. No speaker is ever in two splits.
     """
     corpora, bank = heavy("corpora", "train"), heavy("bank", "train")
+    if split_by is not SplitBy.none and corpus is not Corpus.folder:
+        raise UsageError(f"--split-by is for --corpus folder; {corpus.value} has its own splits and speakers")
     options = {"split_by": split_by.value} if corpus is Corpus.folder else {}
     clips = []
     for source in sources:
@@ -355,7 +357,7 @@ def predict(
     ] = None,
     hop: Annotated[float | None, typer.Option(help="Seconds from window to window.", show_default="the window")] = None,
     form: Annotated[Format, typer.Option("--format", help="Of the rows on stdout.")] = Format.table,
-    kind: Annotated[Kind, typer.Option(help="Which file of a model directory.")] = Kind.fp32,
+    kind: Annotated[Kind | None, typer.Option(help="Which file of a model directory.", show_default="fp32")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of onnxruntime.")] = 1,
     as_json: Json = False,
 ) -> None:
@@ -371,7 +373,7 @@ def predict(
             raise UsageError(f"{name} takes a number of seconds above 0, got {value}")
     if hop is not None and window is None:
         raise UsageError("--hop goes with --window")
-    predictor = Predictor(model, kind=kind.value if model.is_dir() else None, threads=threads)
+    predictor = Predictor(model, kind=kind.value if kind else None, threads=threads)
     rows, failures = [], 0
     writer = _Rows(form, predictor.dimensions)
     for path in files:

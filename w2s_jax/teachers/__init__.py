@@ -50,6 +50,10 @@ def load(name: str, checkpoint_dir: str | os.PathLike | None = None, dimensions:
     Raises:
         UsageError: no such teacher, its files or its package are missing, or it cannot be used as one.
     """
+    if dimensions and not name.startswith("onnx:"):
+        raise UsageError(f"teacher {name} names its own dimensions; --dimensions is for onnx:FILE")
+    if checkpoint_dir is not None and name != "dnsmos":
+        raise UsageError(f"teacher {name} has no checkpoint directory; --checkpoint-dir is for dnsmos")
     if name == "acoustic":
         from w2s_jax.teachers.acoustic import AcousticTeacher
 
