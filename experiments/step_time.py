@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from w2s_jax import SAMPLING_RATE, models
-from w2s_jax.train import State, scan_steps, train_step
+from w2s_jax.train import initial_state, scan_steps, train_step
 
 
 def ours(waves: np.ndarray, targets: np.ndarray, length: int):
@@ -31,13 +31,7 @@ def ours(waves: np.ndarray, targets: np.ndarray, length: int):
     optimizer = optax.adamw(1e-3)
     step = partial(train_step, student=student, frontend=variables["frontend"], optimizer=optimizer, l2=0.1, ema=0.98)
     run = jax.jit(lambda state, batches: scan_steps(step, state, batches))
-    state = State(
-        step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
-        optimizer=optimizer.init(variables["params"]),
-        average=(variables["params"], variables["batch_stats"]),
-    )
+    state = initial_state(variables, optimizer)
     batches = jnp.stack([waves] * length), jnp.stack([targets] * length)
     return lambda: jax.block_until_ready(run(state, batches))
 

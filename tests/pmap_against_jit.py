@@ -10,20 +10,14 @@ import numpy as np
 import optax
 
 from w2s_jax import models
-from w2s_jax.train import State, train_step
+from w2s_jax.train import initial_state, train_step
 
 
 def small_step(axis_name=None):
     student = models.build("wav2small", channels=2, axis_name=axis_name)
     variables = models.build("wav2small", channels=2).init(jax.random.key(0), jnp.zeros((1, 640)))
     optimizer = optax.sgd(0.1)
-    state = State(
-        step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
-        optimizer=optimizer.init(variables["params"]),
-        average=(variables["params"], variables["batch_stats"]),
-    )
+    state = initial_state(variables, optimizer)
 
     def step(state, batch):
         return train_step(

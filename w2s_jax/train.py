@@ -60,6 +60,18 @@ class State(struct.PyTreeNode):
     average: tuple[dict, dict]
 
 
+def initial_state(variables: dict, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step, from a student's collections ``params`` and ``batch_stats``."""
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        optimizer=optimizer.init(params),
+        average=jax.tree.map(jnp.copy, (params, batch_stats)),  # a copy: the step may be given both to overwrite
+    )
+
+
 def train_step(
     state: State,
     batch: tuple[Array, Array],
@@ -294,14 +306,7 @@ class _Run:
     def initial(self) -> State:
         variables = self.student.init(jax.random.key(self.config.seed), jnp.zeros((1, int(self.batches.lengths[0]))))
         self.frontend = variables["frontend"]
-        params, batch_stats = variables["params"], variables["batch_stats"]
-        return State(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=batch_stats,
-            optimizer=self.optimizer.init(params),
-            average=jax.tree.map(jnp.copy, (params, batch_stats)),
-        )
+        return initial_state(variables, self.optimizer)
 
     def run(self) -> dict:
         config = self.config
