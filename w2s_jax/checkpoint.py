@@ -80,6 +80,11 @@ def check_arrays(arrays: dict, expected: dict[str, tuple], what: str) -> None:
     Raises:
         MismatchError: lists all that is missing (-), unexpected (+), of another shape or not finite (!).
     """
+    refuse(differences(arrays, expected), what)
+
+
+def differences(arrays: dict, expected: dict[str, tuple]) -> list[str]:
+    """What ``check_arrays`` complains of, a line each."""
     faults = [f"- {name} {tuple(expected[name])}" for name in sorted(set(expected) - set(arrays))]
     faults += [f"+ {name} {arrays[name].shape}" for name in sorted(set(arrays) - set(expected))]
     for name in sorted(set(arrays) & set(expected)):
@@ -87,5 +92,10 @@ def check_arrays(arrays: dict, expected: dict[str, tuple], what: str) -> None:
             faults.append(f"! {name}: {arrays[name].shape}, expected {tuple(expected[name])}")
         elif not np.isfinite(arrays[name]).all():
             faults.append(f"! {name}: not finite")
+    return faults
+
+
+def refuse(faults: list[str], what: str) -> None:
+    """Raise the MismatchError that lists the faults, if there are any."""
     if faults:
         raise MismatchError(f"{what}: {len(faults)} differences: {'; '.join(faults)}")

@@ -7,18 +7,29 @@ from typing import Protocol
 
 import numpy as np
 
-from w2s_jax.artifacts import UsageError
+from w2s_jax.artifacts import UsageError, missing_extra
 
 #: What ``load`` understands, with a line for --help.
 NAMES = {
+    "paper": "mean of wav2vec2 and wavlm, the teacher of the paper (CC-BY-NC-SA-4.0)",
+    "wavlm": "WavLM-large with attentive pooling, trained on MSP-Podcast (MIT)",
+    "wav2vec2": "wav2vec2-large-robust with 12 layers, trained on MSP-Podcast (CC-BY-NC-SA-4.0)",
     "acoustic": "a rule from pitch, its range, spectral balance and rate; needs no download; a stand-in, not an emotion model",
     "dnsmos": "three speech-quality scores (sig, bak, ovrl) of the DNSMOS network from the speechmos package",
     "onnx:FILE": "any ONNX model from 16 kHz waveform to K values; names from its metadata or --dimensions",
 }
 
 
+#: Transformers that read published checkpoints; they take the options of ``load`` that the others refuse.
+NEURAL = ("paper", "wavlm", "wav2vec2")
+
+
 class Teacher(Protocol):
     """What labels views.
+
+    A teacher that is made of others also has ``members`` (teachers) and ``each`` (waves → a list of what every one says);
+    one with published weights has ``about`` (a dict for provenance), ``parameters``, ``devices`` (how many share a batch),
+    ``golden`` and ``doubt`` (see ``neural.NeuralTeacher``).
 
     Attributes:
         name: as given to ``load``, without a path.
@@ -39,21 +50,47 @@ class Teacher(Protocol):
         ...
 
 
-def load(name: str, checkpoint_dir: str | os.PathLike | None = None, dimensions: tuple[str, ...] | None = None) -> Teacher:
+def load(
+    name: str,
+    checkpoint_dir: str | os.PathLike | None = None,
+    dimensions: tuple[str, ...] | None = None,
+    *,
+    dtype: str | None = None,
+    normalisation: str | None = None,
+    revision: str | None = None,
+) -> Teacher:
     """A teacher by name.
 
     Args:
         name: one of ``NAMES``; ``onnx:FILE`` takes the path of a model.
-        checkpoint_dir: where the teacher's files lie, for those that have any; default: where their package puts them.
+        checkpoint_dir: where the teacher's files lie (for paper: a directory with the folders wav2vec2 and wavlm); default:
+            the Hugging Face hub and its cache, or where a package put them.
         dimensions: names for the outputs of an ``onnx:`` model that does not name them itself.
+        dtype: what a Transformer computes in, "float32" (default) or "bfloat16".
+        normalisation: of the waveform for WavLM, "official" (default for wavlm) or "paper" (default for paper).
+        revision: branch, tag or commit on the hub; weights that are named so need not give the published golden value.
 
     Raises:
         UsageError: no such teacher, its files or its package are missing, or it cannot be used as one.
+        MismatchError: the files are not this teacher's; lists the differences.
+
+    Example:
+        >>> teacher = load("acoustic")
+        >>> teacher(np.zeros((1, 16000), np.float32)).shape
+        (1, 3)
     """
+    options = {"--dtype": dtype, "--normalisation": normalisation, "--revision": revision}
+    given = [option for option, value in options.items() if value is not None]
+    if given and name not in NEURAL:
+        raise UsageError(f"teacher {name} has no {', '.join(given)}; that is for {', '.join(NEURAL)}")
+    if normalisation is not None and name == "wav2vec2":
+        raise UsageError("teacher wav2vec2 normalises every utterance; --normalisation is for wavlm and paper")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UsageError(f"a teacher computes in float32 or bfloat16, not in {dtype!r}")
     if dimensions and not name.startswith("onnx:"):
         raise UsageError(f"teacher {name} names its own dimensions; --dimensions is for onnx:FILE")
-    if checkpoint_dir is not None and name != "dnsmos":
-        raise UsageError(f"teacher {name} has no checkpoint directory; --checkpoint-dir is for dnsmos")
+    if checkpoint_dir is not None and name not in (*NEURAL, "dnsmos"):
+        raise UsageError(f"teacher {name} has no checkpoint directory; --checkpoint-dir is for {', '.join(NEURAL)} and dnsmos")
     if name == "acoustic":
         from w2s_jax.teachers.acoustic import AcousticTeacher
 
@@ -66,15 +103,36 @@ def load(name: str, checkpoint_dir: str | os.PathLike | None = None, dimensions:
         from w2s_jax.teachers.onnx import OnnxTeacher
 
         return OnnxTeacher(name.removeprefix("onnx:"), dimensions=dimensions)
-    raise UsageError(f"unknown teacher {name!r}; there are: {', '.join(NAMES)}")
+    if name not in NEURAL:
+        raise UsageError(f"unknown teacher {name!r}; there are: {', '.join(NAMES)}")
+    try:
+        from w2s_jax.teachers import ensemble, wav2vec2, wavlm
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("transformers"):
+            raise
+        # transformers 5 is there, but has no Flax models any more
+        raise missing_extra("transformers 4.57 (the last with Flax models)", "teacher") from error
+    common = {"dtype": dtype or "float32", "revision": revision}
+    if name == "wav2vec2":
+        return wav2vec2.load(checkpoint_dir, **common)
+    if name == "wavlm":
+        return wavlm.load(checkpoint_dir, **common, normalisation=normalisation or "official")
+    members = (
+        wav2vec2.load(checkpoint_dir, **common),
+        wavlm.load(checkpoint_dir, **common, normalisation=normalisation or "paper"),
+    )
+    return ensemble.Ensemble("paper", members)
 
 
 def provenance(teacher: Teacher) -> dict:
     """What labels, students and models keep of the teacher that made them."""
-    return {
+    about = {
         "name": teacher.name,
         "dimensions": list(teacher.dimensions),
         "fingerprint": teacher.fingerprint,
         "licence": teacher.licence,
         "stand_in": teacher.stand_in,
+        **getattr(teacher, "about", {}),
     }
+    members = getattr(teacher, "members", ())
+    return {**about, "members": [provenance(member) for member in members]} if members else about

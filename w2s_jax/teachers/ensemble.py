@@ -1,0 +1,33 @@
+"""Several teachers as one: the mean of what they say, with what each of them said kept beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from w2s_jax.teachers.neural import NeuralTeacher
+
+
+class Ensemble:
+    """The mean of neural teachers with the same dimensions; [B, T] → [B, D].
+
+    Attributes:
+        members: the teachers.
+    """
+
+    stand_in = False
+
+    def __init__(self, name: str, members: tuple[NeuralTeacher, ...]) -> None:
+        self.name, self.members = name, members
+        self.dimensions = members[0].dimensions
+        self.licence = "; ".join(member.licence for member in members)
+        self.fingerprint = "+".join(member.fingerprint for member in members)
+        self.doubt = "; ".join(member.doubt for member in members if member.doubt) or None
+        self.parameters = sum(member.parameters for member in members)
+        self.devices = members[0].devices
+
+    def each(self, waves: np.ndarray, lengths: np.ndarray | None = None) -> list:
+        """What every member says of float32 [B, T]: a list of [B, D]; see ``NeuralTeacher``."""
+        return [member(waves, lengths) for member in self.members]
+
+    def __call__(self, waves: np.ndarray, lengths: np.ndarray | None = None):
+        return sum(self.each(waves, lengths)) / len(self.members)

@@ -1,0 +1,169 @@
+"""What the Transformer teachers share: masks, and running one on every device of this machine, in batches of equal length."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from w2s_jax import DIMENSIONS, SAMPLING_RATE
+from w2s_jax.artifacts import UsageError, W2SError, fingerprint
+from w2s_jax.teachers import weights
+
+DTYPES = ("float32", "bfloat16")
+
+#: Below 25 ms the convolutions have no output frame.
+SHORTEST = 400
+
+
+def valid(lengths: Array, size: int) -> Array:
+    """Which of ``size`` steps count, from the number that does in each row: int [B] → bool [B, size]."""
+    return jnp.arange(size) < lengths[:, None]
+
+
+def frames(samples, config):
+    """Output frames of the convolutions for a number of samples, int or int array."""
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        samples = (samples - kernel) // stride + 1
+    return samples
+
+
+class NeuralTeacher:
+    """A Transformer teacher with published weights, on all local devices.
+
+    Calling it labels waveforms, float32 [B, T] at 16 kHz → float32 [B, 3], as a JAX array that accelerators compute in the
+    background. The batch is spread over the devices; it is filled up with copies to a power of two times their number, and
+    each such size and length compiles once. A row's values do not depend on the rest of its batch (1e-5 in float32).
+
+    Args:
+        name: as given to ``teachers.load``.
+        module: linen module [B, T] → [B, 3] whose ``dtype`` field says what it computes in.
+        checkpoint: where its weights lie.
+        licence: of the published weights.
+        options: what else changes the labels (normalisation), for provenance.
+
+    Attributes:
+        parameters: how many weights it has.
+        doubt: why its labels cannot be trusted, None if nothing speaks against them; ``label`` refuses a teacher with doubts.
+        golden: largest difference to the published golden value, where there is one for these weights.
+    """
+
+    dimensions = DIMENSIONS
+    stand_in = False
+
+    def __init__(self, name: str, module: nn.Module, checkpoint: weights.Checkpoint, licence: str, options: dict) -> None:
+        self.name, self.licence, self.module, self.checkpoint = name, licence, module, checkpoint
+        self.golden, self.doubt = None, None
+        self._mesh = Mesh(np.array(jax.local_devices()), ("views",))
+        half = module.dtype == jnp.bfloat16
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+
+        def place(path: tuple[str, ...], array: np.ndarray) -> Array:
+            # the trunk's matrices, which is nearly all there is; norms, gates and the head stay exact
+            low = half and path[-1] == "kernel" and path[0] in ("wav2vec2", "ssl_model")
+            return jax.device_put(array.astype(jnp.bfloat16) if low else array, everywhere)
+
+        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE)))["params"]
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        self.params = weights.read(checkpoint, shapes, place)
+        self.about = {
+            "checkpoint": checkpoint.repository,
+            "revision": checkpoint.revision,
+            "dtype": jnp.dtype(module.dtype).name,
+            **options,
+        }
+        # what the shapes of the weights do not tell
+        unseen = ("conv_stride", "num_attention_heads", "layer_norm_eps", "max_bucket_distance", "hidden_act")
+        geometry = {key: module.config.to_dict().get(key) for key in unseen}
+        self.fingerprint = fingerprint(name, checkpoint.fingerprint, {**options, "dtype": self.about["dtype"]}, geometry)
+        self._compiled = {}
+
+    @property
+    def devices(self) -> int:
+        """How many devices share a batch."""
+        return self._mesh.size
+
+    def __call__(self, waves: np.ndarray, lengths: np.ndarray | None = None) -> Array:
+        """Label waveforms.
+
+        Args:
+            waves: float32 [B, T] at 16 kHz, T at least 400.
+            lengths: int [B], how many samples of each row count, where rows are filled up to T; the result is that of the row
+                cut to its length. Default: all.
+
+        Returns:
+            float32 [B, 3].
+
+        Raises:
+            UsageError: another shape, or too short.
+            W2SError: not enough memory; names the batch size to try.
+        """
+        waves = np.asarray(waves, np.float32)
+        if waves.ndim != 2 or waves.shape[1] < SHORTEST or (lengths is not None and np.min(lengths) < SHORTEST):
+            raise UsageError(
+                f"teacher {self.name} got waves of shape {waves.shape}; expected [B, T] with T ≥ {SHORTEST} samples"
+            )
+        rows = len(waves)
+        size = self.devices
+        while size < rows:
+            size *= 2
+        filled = np.resize(np.arange(rows), size)
+        sharding = NamedSharding(self._mesh, PartitionSpec("views"))
+        inputs = [jax.device_put(waves[filled], sharding)]
+        if lengths is not None:
+            inputs.append(jax.device_put(np.asarray(lengths, np.int32)[filled], sharding))
+        key = (size, waves.shape[1], len(inputs))
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(inputs)
+        try:
+            return self._compiled[key](self.params, *inputs)[:rows]
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise self._too_large(*inputs[0].shape, "more memory than there is", 0.5) from error
+
+    def _compile(self, inputs: list[Array]):
+        # on TPU and GPU the default multiplies float32 in fewer bits
+        precision = "float32" if self.module.dtype == jnp.float32 else None
+        with jax.default_matmul_precision(precision):
+            run = jax.jit(lambda params, *inputs: self.module.apply({"params": params}, *inputs))
+            compiled = run.lower(self.params, *inputs).compile()
+        free, needed = _free_memory(), getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
+        if jax.local_devices()[0].platform == "cpu":
+            needed *= self.devices  # they share one memory
+        if free is not None and needed > free:
+            need = f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            raise self._too_large(*inputs[0].shape, need, free / needed)
+        return compiled
+
+    def _too_large(self, rows: int, samples: int, need: str, fraction: float) -> W2SError:
+        fits = int(rows / self.devices * fraction)
+        fits = 1 << fits.bit_length() - 1 if fits else 0
+        advice = f"try --batch-size {fits}" if fits else "use shorter views, or a machine with more memory"
+        views = f"{rows // self.devices} views of {samples / SAMPLING_RATE:.3g} s at once"
+        return W2SError(f"teacher {self.name} needs {need} for {views}; {advice}")
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had on the first local device, None if nobody knows."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if device.platform != "cpu" or not os.path.exists("/proc/meminfo"):
+        return None
+    # Linux grants memory that it does not have and kills the process that uses it
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    try:  # a container may have less than its machine
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return free

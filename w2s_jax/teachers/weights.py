@@ -1,0 +1,199 @@
+"""Published checkpoints: found on a disk or the Hugging Face hub, read tensor by tensor into Flax, without PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from w2s_jax.artifacts import UsageError, W2SError, fingerprint, missing_extra, read_json
+from w2s_jax.checkpoint import differences, refuse
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine.
+
+    Attributes:
+        directory: where it lies.
+        config: its config.json.
+        files: its safetensors files.
+        repository: the hub's name of the published one that it stands for.
+        revision: the commit on the hub; None where a plain directory does not say.
+    """
+
+    directory: Path
+    config: dict
+    files: tuple[Path, ...]
+    repository: str
+    revision: str | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of every byte of the weights."""
+        return fingerprint(*self.files)
+
+
+def find(repository: str, member: str, checkpoint_dir: str | os.PathLike | None, revision: str | None = None) -> Checkpoint:
+    """The checkpoint of a teacher, from a directory or from the hub (and its cache).
+
+    Args:
+        repository: its name on the Hugging Face hub.
+        member: the teacher's short name, which a directory of several teachers may have for a folder.
+        checkpoint_dir: the directory with config.json and model.safetensors, or one that has it as a folder named like the
+            teacher or like the repository; default: the hub.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        UsageError: nothing there, only pickled weights, no network; says which file, from where, and the offline way.
+    """
+    if checkpoint_dir is None:
+        directory, weights = _download(repository, member, revision)
+    else:
+        root = Path(checkpoint_dir)
+        places = [root, root / member, root / repository.split("/")[1], root / repository]
+        directory = next((place for place in places if (place / CONFIG).is_file()), None)
+        if directory is None:
+            raise UsageError(
+                f"no checkpoint of teacher {member} at {root}: expected {CONFIG} and {WEIGHTS} of {repository} there or in "
+                f"its folder {member}/ or {repository.split('/')[1]}/"
+            )
+        weights = _weights(directory, repository)
+    commit = directory.name if directory.parent.name == "snapshots" else None
+    note = directory / ".cache" / "huggingface" / "download" / f"{WEIGHTS}.metadata"  # left by `hf download --local-dir`
+    if note.is_file():
+        commit = note.read_text().split("\n", 1)[0]
+    return Checkpoint(directory, read_json(directory / CONFIG, "checkpoint"), weights, repository, commit or revision)
+
+
+def _weights(directory: Path, repository: str) -> tuple[Path, ...]:
+    """The safetensors files of a directory, one or as its index lists them."""
+    if (directory / WEIGHTS).is_file():
+        return (directory / WEIGHTS,)
+    if (directory / INDEX).is_file():
+        names = sorted(set(read_json(directory / INDEX, "checkpoint")["weight_map"].values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise UsageError(
+                f"the checkpoint at {directory} is incomplete: {INDEX} lists {', '.join(missing)} as well; "
+                f"fetch it from {repository}"
+            )
+        return tuple(directory / name for name in names)
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
+    if pickles:
+        raise UsageError(
+            f"{directory} has only pickled weights ({', '.join(pickles)}); a pickle can run any code when it is opened, so "
+            f"it is not read: fetch {WEIGHTS} from {repository}, or convert it where you trust it: "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+        )
+    raise UsageError(f"the checkpoint at {directory} has no {WEIGHTS}; fetch it from {repository}")
+
+
+def _download(repository: str, member: str, revision: str | None) -> tuple[Path, tuple[Path, ...]]:
+    """The files of a repository on the hub, from the cache where they are there."""
+    try:
+        from huggingface_hub import errors, hf_hub_download
+    except ModuleNotFoundError as error:
+        raise missing_extra("huggingface_hub", "teacher") from error
+    file = CONFIG
+
+    def fetch(name: str) -> Path:
+        nonlocal file
+        file = name
+        return Path(hf_hub_download(repository, name, revision=revision))
+
+    hint = (
+        f"; without a network: fetch {CONFIG} and {WEIGHTS} elsewhere "
+        f"(hf download {repository} --local-dir DIR), bring them here, and give --checkpoint-dir DIR"
+    )
+    origin = f"{file} of {repository}" + (f" at revision {revision}" if revision else "")
+    try:
+        directory = fetch(CONFIG).parent
+        try:
+            weights = (fetch(WEIGHTS),)
+        except errors.RemoteEntryNotFoundError:
+            index = read_json(fetch(INDEX), "checkpoint")
+            weights = tuple(fetch(name) for name in sorted(set(index["weight_map"].values())))
+        return directory, weights
+    except errors.RepositoryNotFoundError as error:
+        raise UsageError(f"the Hugging Face hub knows no {repository} (or it is private){hint}") from error
+    except errors.RevisionNotFoundError as error:
+        raise UsageError(f"{repository} has no revision {revision!r} on the Hugging Face hub{hint}") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise UsageError(f"{origin} is not on the Hugging Face hub, or has only pickled weights{hint}") from error
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        origin = origin.replace(CONFIG, file)
+        reason = str(error.__cause__ or error).splitlines()[0][:160]
+        raise UsageError(f"cannot fetch {origin} from the Hugging Face hub: {reason}{hint}") from error
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """What PyTorch calls a Flax parameter: ("encoder", "layer_norm", "scale") → "encoder.layer_norm.weight"."""
+    leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
+    return ".".join((*path[:-1], leaf))
+
+
+#: Newer PyTorch names the two parts of a weight norm differently.
+SPELLINGS = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+
+
+def read(checkpoint: Checkpoint, expected: dict, place: Callable[[tuple[str, ...], np.ndarray], Array]) -> dict:
+    """Stream the tensors of a checkpoint into a tree of Flax parameters; strict.
+
+    Args:
+        checkpoint: what ``find`` found.
+        expected: the tree, with leaves that have a ``shape`` (from ``jax.eval_shape``).
+        place: called with path and float32 array, one at a time; returns what goes into the tree.
+
+    Returns:
+        The tree.
+
+    Raises:
+        MismatchError: lists every missing, unexpected, mis-shaped or non-finite tensor. Nothing is left at a random value.
+        W2SError: a file is truncated or damaged.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as error:
+        raise missing_extra("safetensors", "teacher") from error
+
+    # Flax's layout is torch's backwards: Linear [out, in] and [in, out], Conv1d [out, in, width] and [width, in, out]
+    wanted = {
+        torch_name(path): (path, leaf.shape[::-1] if path[-1] == "kernel" else leaf.shape)
+        for path, leaf in flatten_dict(expected).items()
+    }
+    tree, faults, found = {}, [], set()
+    for file in checkpoint.files:
+        try:
+            with safe_open(file, "numpy") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                    name = key
+                    for new, old in SPELLINGS.items():
+                        name = name.replace(new, old)
+                    if name in found:
+                        faults.append(f"! {key}: there twice")
+                    elif name not in wanted:
+                        faults.append(f"+ {key} {tuple(tensors.get_slice(key).get_shape())}")
+                    else:
+                        path, shape = wanted[name]
+                        array = tensors.get_tensor(key).astype(np.float32, copy=False)
+                        fault = differences({key: array}, {key: shape})
+                        faults += fault
+                        if not fault:
+                            tree[path] = place(path, np.ascontiguousarray(array.T) if path[-1] == "kernel" else array)
+                    found.add(name)
+        except (SafetensorError, OSError, TypeError) as error:
+            raise W2SError(
+                f"{file} is damaged or only partly downloaded ({error}); delete it and fetch it again from "
+                f"{checkpoint.repository}"
+            ) from error
+    faults += [f"- {name} {shape}" for name, (_, shape) in sorted(wanted.items()) if name not in found]
+    refuse(faults, f"{checkpoint.directory} against {checkpoint.repository}")
+    return unflatten_dict(tree)
