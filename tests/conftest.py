@@ -94,3 +94,18 @@ def save_toy_teacher(path: Path, shape=("batch", "time"), dimensions: str | None
         helper.set_model_props(model, {"dimensions": dimensions})
     onnx.save(model, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> Path:
+    """A directory with the golden's small teachers as published: wav2vec2/ and wavlm/, each config.json and safetensors."""
+    from safetensors.numpy import save_file
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    golden = np.load(Path(__file__).parent / "golden" / "teachers.npz")
+    for kind in ("wav2vec2", "wavlm"):
+        (root / kind).mkdir()
+        (root / kind / "config.json").write_text(str(golden[f"config:{kind}"]))
+        state = {key.removeprefix(f"{kind}:"): golden[key] for key in golden.files if key.startswith(f"{kind}:")}
+        save_file(state, root / kind / "model.safetensors")
+    return root

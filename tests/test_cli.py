@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import voice
+from safetensors.numpy import load_file
 
-from w2s_jax import cli
+from w2s_jax import cli, teachers
 
-COMMANDS = ["bank build", "views draw", "label", "train", "eval", "export", "predict", "quickstart"]
+COMMANDS = ["bank build", "views draw", "teacher check", "label", "train", "eval", "export", "predict", "quickstart"]
 
 
 @pytest.fixture
@@ -156,7 +157,18 @@ def test_long_files_are_read_in_windows(chain, tmp_path, w2s):
         ("predict {at}/model/model.onnx {corpus}/00.wav --kind int8", 2, "kind"),
         ("bank build {corpus}/corpus.csv --corpus csv --split-by folder --out {tmp}/out", 2, "--split-by is for"),
         ("label {at}/bank {at}/views.parquet --teacher acoustic --dimensions a,b,c --out {tmp}/out", 2, "--dimensions is for"),
-        ("label {at}/bank {at}/views.parquet --teacher acoustic --checkpoint-dir {tmp} --out {tmp}/out", 2, "is for dnsmos"),
+        ("label {at}/bank {at}/views.parquet --teacher acoustic --checkpoint-dir {tmp} --out {tmp}/out", 2, "dnsmos"),
+        ("label {at}/bank {at}/views.parquet --teacher acoustic --dtype bfloat16 --out {tmp}/out", 2, "has no --dtype"),
+        ("label {at}/bank {at}/views.parquet --teacher wavlm --dtype float16 --out {tmp}/out", 2, "'float16'"),
+        ("label {at}/bank {at}/views.parquet --teacher wavlm --checkpoint-dir {tmp} --out {tmp}/out", 2, "no checkpoint of"),
+        ("label {at}/bank {at}/views.parquet --teacher acoustic --process 1 --out {tmp}/out", 2, "go together"),
+        ("teacher check wav2vec2 --checkpoint-dir {tmp}", 2, "wav2vec2-large-robust-12-ft-emotion-msp-dim"),
+        ("teacher check acoustic --bank {at}/bank", 2, "--dtype bfloat16"),
+        ("eval --bank {at}/bank", 2, "either RUN|MODEL or --teacher"),
+        ("eval {at}/run --teacher acoustic --bank {at}/bank", 2, "either RUN|MODEL or --teacher"),
+        ("eval {at}/run --bank {at}/bank --dtype float32", 2, "go with --teacher"),
+        ("eval --teacher acoustic --bank {at}/bank --labels {at}/labels", 2, "are for a student"),
+        ("eval --teacher dnsmos --bank {at}/bank", 2, "sig, bak, ovrl"),
         ("nonsense", 2, "No such command"),
     ],
 )
@@ -183,6 +195,46 @@ def test_a_mismatch_of_bank_and_views_names_both(w2s, chain, corpus, tmp_path):
     code, _, err = w2s("label", tmp_path / "less", *arguments)
     assert code == 1
     assert "the views belong to bank" in err
+
+
+def test_teacher_check_tells_what_a_teacher_is_and_how_fast(w2s, chain, checkpoints):
+    short = "--seconds", "0.5", "--batch-size", "2", "--json"
+    code, out, _ = w2s("teacher", "check", "paper", "--checkpoint-dir", checkpoints, *short)
+    assert code == 0
+    result = json.loads(out.splitlines()[-1])
+    assert [member["name"] for member in result["members"]] == ["wav2vec2", "wavlm"]
+    assert [member["normalisation"] for member in result["members"]] == ["utterance", "paper"]
+    assert result["parameters"] == sum(
+        array.size for name in ("wav2vec2", "wavlm") for array in load_file(checkpoints / name / "model.safetensors").values()
+    )
+    assert result["seconds_per_hour"] == pytest.approx(3600 / result["views_per_second"] / 0.5, rel=0.01)
+    assert "CC-BY-NC-SA-4.0" in out
+    options = "--dtype", "bfloat16", "--bank", chain[0] / "bank", "--checkpoint-dir", checkpoints
+    code, out, _ = w2s("teacher", "check", "wavlm", *options, *short)
+    effect = json.loads(out.splitlines()[-1])["bfloat16"]
+    assert code == 0
+    assert effect["clips"] == 16  # all training clips
+    assert 0 < effect["largest_difference"] < 0.2
+    assert "bfloat16 against float32" in out
+
+
+def test_a_teacher_is_compared_with_people(w2s, chain, corpus, checkpoints, tmp_path):
+    options = "--checkpoint-dir", checkpoints, "--split", "test", "--out", tmp_path, "--batch-size", "3", "--json"
+    code, out, _ = w2s("eval", "--teacher", "wavlm", "--bank", chain[0] / "bank", *options)
+    assert code == 0
+    report = json.loads(out.splitlines()[-1])
+    test = [number for number in range(24) if number % 6 == 5]
+    assert report["clips"] == len(test)
+    # every clip alone, at its own length; CCC as in Lin 1989
+    heard = teachers.load("wavlm", checkpoints)
+    values = np.concatenate([heard(soundfile.read(corpus / f"{n:02d}.wav", dtype="float32")[0][None]) for n in test])
+    rated = np.array([[np.round(0.1 + 0.03 * n, 2), 0.5, np.round(0.9 - 0.02 * n, 2)] for n in test])
+    for at, name in enumerate(heard.dimensions):
+        x, y = values[:, at].astype(float), rated[:, at]
+        ccc = 2 * np.cov(x, y, ddof=0)[0, 1] / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
+        assert report["human"][name]["ccc"] == pytest.approx(ccc, abs=1e-3)
+    assert (tmp_path / "teacher_test.json").exists()
+    assert (tmp_path / "teacher_test.png").stat().st_size > 5000
 
 
 def test_debug_shows_the_traceback(monkeypatch):

@@ -1,16 +1,21 @@
-"""kill -9 at random moments of label and train: what a rerun leaves equals what an unbroken run leaves."""
+"""kill -9 at random moments of label and train, and several processes at once: the result is that of one unbroken run."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
+import numpy as np
 import pytest
 
+from w2s_jax import labels
 from w2s_jax import views as tables
 
 pytestmark = pytest.mark.slow
@@ -54,9 +59,6 @@ def test_label(bank, tmp_path):
     assert killed >= 2
     assert w2s(*common, tmp_path / "broken") == 0
 
-    def contents(directory):
-        return {p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
 
@@ -89,3 +91,78 @@ def test_train(bank, tmp_path):
         return [{key: value for key, value in line.items() if key != "clips_per_second"} for line in lines]
 
     assert metrics(one) == metrics(two)
+
+
+def contents(directory) -> dict:
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def labelling(bank, views, checkpoints, out, *options, devices=1) -> subprocess.Popen:
+    """Start w2s label with the small paper teacher."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "w2s_jax.cli", "label", str(bank.path), str(views), "--teacher", "paper"]
+        + ["--checkpoint-dir", str(checkpoints), "--out", str(out), *map(str, options)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+    )
+
+
+def finished(*processes) -> None:
+    for process in processes:
+        _, err = process.communicate(timeout=500)
+        assert process.returncode == 0, err
+
+
+def test_batches_devices_and_processes_make_the_same_labels(bank, checkpoints, tmp_path):
+    views = tables.draw(bank, per_clip=60, seconds=(0.3, 0.6), seed=1)
+    views.save(tmp_path / "views.parquet")
+    start = partial(labelling, bank, tmp_path / "views.parquet", checkpoints)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    joined = ["--coordinator", f"localhost:{port}", "--processes", 2, "--process"]
+    finished(start(tmp_path / "batched"))
+    finished(start(tmp_path / "single", "--batch-size", 1))
+    finished(start(tmp_path / "eight devices", "--batch-size", 4, devices=8))
+    finished(start(tmp_path / "two processes"), start(tmp_path / "two processes"))
+    finished(*(start(tmp_path / "joined", *joined, number, devices=4) for number in (0, 1)))
+    expected = labels.read(tmp_path / "batched", views)
+    assert expected.values.std() > 0.01
+    for name in ("single", "eight devices", "two processes", "joined"):
+        found = labels.read(tmp_path / name, views)
+        np.testing.assert_allclose(found.values, expected.values, atol=1e-5, rtol=0, err_msg=name)
+        for member, values in expected.members.items():
+            np.testing.assert_allclose(found.members[member], values, atol=1e-5, rtol=0, err_msg=name)
+        print(name, "largest difference", np.abs(found.values - expected.values).max())
+
+
+def test_fifty_kills_of_two_processes_that_share_the_labels(bank, checkpoints, tmp_path):
+    tables.draw(bank, per_clip=500, eval_per_clip=1, seconds=(0.3, 0.6), seed=1).save(tmp_path / "views.parquet")
+    start = partial(labelling, bank, tmp_path / "views.parquet", checkpoints)
+    finished(start(tmp_path / "whole"))
+    shards = len(list((tmp_path / "whole" / "shards").iterdir()))
+    assert shards > 20
+    chance = random.Random(0)
+    kills = trials = 0
+    while kills < 50:
+        out = tmp_path / f"broken{trials}"
+        trials += 1
+        while not (out / "labels.json").exists():
+            workers = [start(out), start(out)]
+            for worker in chance.sample(workers, 2):
+                have = len(list((out / "shards").glob("*.parquet")))
+                more = chance.randint(0, 2)  # 0: while it starts, or whatever it does then
+                while worker.poll() is None and len(list((out / "shards").glob("*.parquet"))) < have + more:
+                    time.sleep(0.01)
+                time.sleep(chance.uniform(0, 0.5 if more else 5))
+                worker.kill()
+            for worker in workers:
+                _, err = worker.communicate(timeout=100)
+                assert worker.returncode in (0, -signal.SIGKILL), err
+                kills += worker.returncode == -signal.SIGKILL
+        finished(start(out))
+        assert contents(out) == contents(tmp_path / "whole")
+        assert trials < 20
+    print(kills, "kills in", trials, "directories of", shards, "shards")

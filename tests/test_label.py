@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -128,6 +131,89 @@ def test_other_labels_are_never_mixed_in(bank, views, toy_teacher, tmp_path):
     about = label(bank, other, teachers.load("acoustic"), out, force=True)
     assert about["teacher"]["stand_in"] is True
     assert store.read(out, other).dimensions == ("arousal", "dominance", "valence")
+
+
+def test_members_are_kept_beside_the_mean(bank, checkpoints, tmp_path):
+    views = tables.draw(bank, per_clip=2, seconds=(0.4,), mix=0.5)
+    teacher = teachers.load("paper", checkpoints)
+    about = label(bank, views, teacher, tmp_path / "labels")
+    labels = store.read(tmp_path / "labels", views)
+    assert list(labels.members) == [member["name"] for member in about["teacher"]["members"]] == ["wav2vec2", "wavlm"]
+    rows = np.arange(0, len(views), 3)[:16]
+    waves = render.render_on_host(bank, views, rows)
+    alone = {
+        "wav2vec2": teachers.load("wav2vec2", checkpoints)(waves),
+        "wavlm": teachers.load("wavlm", checkpoints, normalisation="paper")(waves),
+    }
+    for name, expected in alone.items():
+        np.testing.assert_allclose(labels.members[name][rows], expected, atol=1e-5)
+    np.testing.assert_allclose(labels.values[rows], (alone["wav2vec2"] + alone["wavlm"]) / 2, atol=1e-5)
+    with pytest.raises(MismatchError, match=r"normalisation: official there|dtype|teacher: paper there, wavlm now"):
+        label(bank, views, teachers.load("wavlm", checkpoints), tmp_path / "labels")
+
+
+def test_what_makes_it_another_teacher_is_named(bank, checkpoints, tmp_path):
+    views = tables.draw(bank, per_clip=1, seconds=(0.4,))
+    label(bank, views, teachers.load("wavlm", checkpoints), tmp_path / "labels")
+    with pytest.raises(MismatchError, match="teacher's normalisation: official there, paper now"):
+        label(bank, views, teachers.load("wavlm", checkpoints, normalisation="paper"), tmp_path / "labels")
+    with pytest.raises(MismatchError, match="teacher's dtype: float32 there, bfloat16 now"):
+        label(bank, views, teachers.load("wavlm", checkpoints, dtype="bfloat16"), tmp_path / "labels")
+
+
+def test_a_teacher_with_a_doubt_does_not_label(bank, views, checkpoints, tmp_path):
+    teacher = teachers.load("wav2vec2", checkpoints)
+    teacher.doubt = "not the published weights"
+    with pytest.raises(W2SError, match="not the published weights"):
+        label(bank, views, teacher, tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()
+
+
+#: A process that takes one part of a directory and keeps it until its input ends.
+HOLDER = """
+import sys
+from w2s_jax.artifacts import Shares
+with Shares(sys.argv[1]) as shares:
+    with shares.door():
+        pass
+    assert shares.take(int(sys.argv[2]))
+    print("taken", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "labels", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"taken\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_shard_that_another_process_has_is_left_to_it_until_it_dies(bank, views, toy_teacher, tmp_path, monkeypatch, holder):
+    monkeypatch.setattr(store, "SHARD_VIEWS", 16)
+    teacher, seen = teachers.load(f"onnx:{toy_teacher}"), []
+    shards = tmp_path / "labels" / "shards"
+
+    def progress(done, total, rate):
+        seen.append(done)
+        if done == total - 16:  # all but the shard that is held
+            assert not (shards / "00001.parquet").exists()
+            holder.kill()
+
+    label(bank, views, teacher, tmp_path / "labels", progress=progress)
+    assert len(views) - 16 in seen
+    assert len(list(shards.iterdir())) == len(store.shards(views))
+    label(bank, views, teacher, tmp_path / "alone")
+    assert contents(tmp_path / "labels") == contents(tmp_path / "alone")
+
+
+def test_relabelling_waits_for_nobody(bank, views, toy_teacher, tmp_path, holder):
+    with pytest.raises(W2SError, match="in use by another w2s process"):
+        label(bank, views, teachers.load(f"onnx:{toy_teacher}"), tmp_path / "labels", force=True)
 
 
 def test_values_that_are_not_finite_are_an_error(bank, views, tmp_path):

@@ -40,6 +40,8 @@ app = typer.Typer(
 )
 bank_app = typer.Typer(help="Decode a corpus once into a bank of 16 kHz samples.", no_args_is_help=True, context_settings=HELP)
 views_app = typer.Typer(help="Draw views: recipes for exact pieces of audio.", no_args_is_help=True, context_settings=HELP)
+teacher_app = typer.Typer(help="Look at a teacher before it labels.", no_args_is_help=True, context_settings=HELP)
+app.add_typer(teacher_app, name="teacher")
 app.add_typer(bank_app, name="bank")
 app.add_typer(views_app, name="views")
 
@@ -77,9 +79,54 @@ class Format(StrEnum):
     csv = "csv"
 
 
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Normalisation(StrEnum):
+    official = "official"
+    paper = "paper"
+
+
 class Kind(StrEnum):
     fp32 = "fp32"
     int8 = "int8"
+
+
+# options of every command that loads a teacher
+Dimensions = Annotated[str | None, typer.Option("--dimensions", help="Names of an onnx: teacher's outputs, commas between.")]
+CheckpointDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint-dir",
+        help="Where the teacher's files lie; for paper, with folders wav2vec2 and wavlm.",
+        show_default="the Hugging Face hub",
+    ),
+]
+Dtyped = Annotated[
+    Dtype | None, typer.Option("--dtype", help="What paper, wavlm and wav2vec2 compute in.", show_default="float32")
+]
+Normalised = Annotated[
+    Normalisation | None,
+    typer.Option("--normalisation", help="Of the waveform for WavLM.", show_default="paper for paper, official for wavlm"),
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Of the checkpoint; named so, it need not give the published golden value.")
+]
+
+
+def _teacher(name: str, checkpoint_dir, dimensions: str | None, dtype, normalisation, revision):
+    """Load a teacher from the options of a command."""
+    err.print(f"loading teacher {name}")
+    return heavy("teachers", "train").load(
+        name,
+        checkpoint_dir,
+        tuple(dimensions.split(",")) if dimensions else None,
+        dtype=dtype and dtype.value,
+        normalisation=normalisation and normalisation.value,
+        revision=revision,
+    )
 
 
 def finish(result: dict, as_json: bool) -> None:
@@ -245,19 +292,36 @@ def views_draw(
 def label(
     bank_path: Annotated[Path, typer.Argument(metavar="BANK")],
     views_path: Annotated[Path, typer.Argument(metavar="VIEWS")],
-    teacher: Annotated[str, typer.Option(help="acoustic | dnsmos | onnx:FILE")],
+    teacher: Annotated[str, typer.Option(metavar="NAME", help="paper | wavlm | wav2vec2 | acoustic | dnsmos | onnx:FILE")],
     into: Annotated[Path, typer.Option("--out", help="The labels' directory.")],
-    dimensions: Annotated[str | None, typer.Option(help="Names of an onnx: teacher's outputs, commas between.")] = None,
-    checkpoint_dir: Annotated[Path | None, typer.Option(help="Where the teacher's files lie.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Views of one length at once.")] = 16,
+    dimensions: Dimensions = None,
+    checkpoint_dir: CheckpointDir = None,
+    dtype: Dtyped = None,
+    normalisation: Normalised = None,
+    revision: Revision = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Views of one length that each device hears at once; a power of two wastes nothing.")
+    ] = 16,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Join the other hosts of a TPU slice or a Slurm job through jax.distributed.")
+    ] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Join through this host, with --processes and --process.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="How many processes there are.")] = None,
+    process: Annotated[int | None, typer.Option(min=0, help="Which of them this one is, from 0.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace labels of another teacher or other views.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Let a teacher label every view. Run again after an interruption, it goes on where it was."""
-    bank, views, teachers, work = (heavy(name, "train") for name in ("bank", "views", "teachers", "label"))
-    names = tuple(dimensions.split(",")) if dimensions else None
+    """Let a teacher label every view. Run again after an interruption, it goes on where it was.
+
+    Started several times with the same --out, on one machine or on several that share a file system, the processes share the
+    work shard by shard, without further options. --distributed is for machines whose JAX must know all hosts (TPU slices).
+    """
+    bank, views, work = (heavy(name, "train") for name in ("bank", "views", "label"))
+    _join(distributed, coordinator, processes, process)
     the_bank, the_views = bank.Bank(bank_path), views.read(views_path)
-    the_teacher = teachers.load(teacher, checkpoint_dir, names)
+    the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision)
     began = time.perf_counter()
     with shown("label", "views") as report:
         about = work.label(
@@ -275,6 +339,78 @@ def label(
     if the_teacher.stand_in:
         out.print("  this teacher is a stand-in: its values only imitate arousal, dominance and valence", style="yellow")
     finish({"labels": str(into), **about, "seconds": round(seconds, 1)}, as_json)
+
+
+def _join(distributed: bool, coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Make this process one of several for JAX, if asked to."""
+    explicit = (coordinator, processes, process)
+    if any(value is not None for value in explicit):
+        if None in explicit:
+            raise UsageError("--coordinator, --processes and --process go together")
+        if process >= processes:
+            raise UsageError(f"--process counts from 0: with --processes {processes} it is at most {processes - 1}")
+    elif not distributed:
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(*explicit)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
+
+
+@teacher_app.command("check")
+def teacher_check(
+    teacher: Annotated[str, typer.Argument(metavar="NAME", help="paper | wavlm | wav2vec2 | acoustic | dnsmos | onnx:FILE")],
+    dimensions: Dimensions = None,
+    checkpoint_dir: CheckpointDir = None,
+    dtype: Dtyped = None,
+    normalisation: Normalised = None,
+    revision: Revision = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Views that each device hears at once.")] = 4,
+    seconds: Annotated[float, typer.Option(min=0.05, help="Length of a view.")] = 5.0,
+    bank_path: Annotated[
+        Path | None, typer.Option("--bank", help="Compare --dtype bfloat16 with float32 on 32 clips of this bank.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Load a teacher: its parameters, licence, golden check, and how fast it labels on this machine."""
+    teachers = heavy("teachers", "train")
+    if bank_path is not None and dtype is not Dtype.bfloat16:
+        raise UsageError("--bank goes with --dtype bfloat16: it shows what that changes in the labels")
+    the_bank = heavy("bank", "train").Bank(bank_path) if bank_path else None
+    the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision)
+    result = teachers.check(the_teacher, batch_size, seconds)
+    if the_bank is not None:
+        exact = _teacher(teacher, checkpoint_dir, dimensions, Dtype.float32, normalisation, revision)
+        result["bfloat16"] = teachers.compare(the_teacher, exact, the_bank.excerpts("train", 32, seconds))
+    table = Table(title=f"teacher {the_teacher.name}", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("dimensions", ", ".join(the_teacher.dimensions))
+    table.add_row("licence", the_teacher.licence)
+    members = result.get("members", [result])
+    for member in members:
+        for key in ("checkpoint", "revision", "dtype", "normalisation"):
+            if key in member:
+                table.add_row(f"{member['name']} {key}" if len(members) > 1 else key, str(member[key] or "not known"))
+    if result["parameters"]:
+        table.add_row("parameters", f"{result['parameters']:,}")
+    for name, difference in result["golden_difference"].items():
+        table.add_row(f"golden value of {name}", f"differs by {difference:.2g}")
+    table.add_row("devices", str(result["devices"]))
+    rate = f"{result['views_per_second']:.3g} views of {seconds:g} s per second"
+    table.add_row("speed", f"{rate}, {batch_size} at once on each device")
+    table.add_row("an hour of audio", f"{result['seconds_per_hour']:.3g} s")
+    if "bfloat16" in result:
+        effect = result["bfloat16"]
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in effect["ccc"].items())
+        largest = f"largest difference {effect['largest_difference']:.2g}"
+        table.add_row("bfloat16 against float32", f"CCC {scores}; {largest} ({effect['clips']} clips)")
+    out.print(table)
+    finish(result, as_json)
+    if result["doubt"]:
+        raise W2SError(result["doubt"])
 
 
 @app.command()
@@ -312,40 +448,78 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="RUN|MODEL", help="A run, a student, a model directory or an .onnx file.")],
     bank_path: Annotated[Path, typer.Option("--bank")],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[RUN|MODEL]", help="A run, a student, a model directory or an .onnx file.")
+    ] = None,
     views_path: Annotated[Path | None, typer.Option("--views", show_default="clean views drawn from the bank")] = None,
     labels_path: Annotated[Path | None, typer.Option("--labels", show_default="people's ratings only")] = None,
     split: Annotated[Split, typer.Option(help="Which part of the bank.")] = Split.test,
     into: Annotated[
-        Path | None, typer.Option("--out", help="For eval_SPLIT.json and a scatter plot.", show_default="beside RUN|MODEL")
+        Path | None,
+        typer.Option("--out", help="For the figures (JSON) and a scatter plot.", show_default="beside RUN|MODEL"),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead of RUN|MODEL: this teacher, on whole clips.")
+    ] = None,
+    checkpoint_dir: CheckpointDir = None,
+    dtype: Dtyped = None,
+    normalisation: Normalised = None,
+    revision: Revision = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Clips that a teacher hears at once.", show_default="16")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """CCC per dimension, with 95 % confidence intervals, against the teacher's labels and against people's ratings."""
+    if (path is None) == (teacher is None):
+        raise UsageError("eval needs either RUN|MODEL or --teacher NAME")
     bank, views, labels, work = (heavy(name, "train") for name in ("bank", "views", "labels", "evaluate"))
-    if labels_path and not views_path:
-        raise UsageError("--labels belong to views: give --views as well")
-    the_bank = bank.Bank(bank_path)
-    the_views = views.read(views_path) if views_path else None
-    the_labels = labels.read(labels_path, the_views) if labels_path else None
-    directory = into or (path if path.is_dir() else path.parent)
-    report = work.evaluate(path, the_bank, the_views, the_labels, split=split.value, out=directory)
-    for what, title in (("teacher", "its teacher"), ("human", "people's ratings")):
-        if report[what]:
-            table = Table(
-                title=f"{path.name} against {title}, {split.value} split, {report['views']} views", title_justify="left"
+    if teacher is not None:
+        if views_path or labels_path:
+            raise UsageError("--teacher hears whole clips and is compared with people: --views and --labels are for a student")
+        the_bank = bank.Bank(bank_path)
+        the_teacher = _teacher(teacher, checkpoint_dir, None, dtype, normalisation, revision)
+        with shown("eval", "clips") as progress:
+            report = work.evaluate_teacher(
+                the_teacher, the_bank, split=split.value, batch_size=batch_size or 8, out=into, progress=progress
             )
-            table.add_column("dimension")
-            for column in ("CCC", "95 % from", "to"):
-                table.add_column(column, justify="right")
-            for name, score in report[what].items():
-                if name != "mean":
-                    table.add_row(name, *(f"{score[key]:.3f}" for key in ("ccc", "low", "high")))
-            table.add_row("mean", f"{report[what]['mean']:.3f}", "", "")
-            out.print(table)
-    out.print(f"figures and picture: {directory / f'eval_{split.value}.json'}, {directory / f'eval_{split.value}.png'}")
+        _scores(report["human"], f"{teacher} against people's ratings, {split.value} split, {report['clips']} clips")
+        if report["cut"]:
+            out.print(f"{report['cut']} clips are longer than 30 s; only their first 30 s were heard")
+        if getattr(the_teacher, "doubt", None):
+            err.print(f"w2s: warning: {the_teacher.doubt}", style="yellow")
+        written = into and into / f"teacher_{split.value}"
+    else:
+        if any(value is not None for value in (checkpoint_dir, dtype, normalisation, revision, batch_size)):
+            raise UsageError("--checkpoint-dir, --dtype, --normalisation, --revision and --batch-size go with --teacher")
+        if labels_path and not views_path:
+            raise UsageError("--labels belong to views: give --views as well")
+        the_bank = bank.Bank(bank_path)
+        the_views = views.read(views_path) if views_path else None
+        the_labels = labels.read(labels_path, the_views) if labels_path else None
+        directory = into or (path if path.is_dir() else path.parent)
+        report = work.evaluate(path, the_bank, the_views, the_labels, split=split.value, out=directory)
+        for what, title in (("teacher", "its teacher"), ("human", "people's ratings")):
+            if report[what]:
+                _scores(report[what], f"{path.name} against {title}, {split.value} split, {report['views']} views")
+        written = directory / f"eval_{split.value}"
+    if written:
+        out.print(f"figures and picture: {written}.json, {written}.png")
     finish(report, as_json)
+
+
+def _scores(scores: dict, title: str) -> None:
+    """Print the CCC of each dimension."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("dimension")
+    for column in ("CCC", "95 % from", "to"):
+        table.add_column(column, justify="right")
+    for name, score in scores.items():
+        if name != "mean":
+            table.add_row(name, *(f"{score[key]:.3f}" for key in ("ccc", "low", "high")))
+    table.add_row("mean", f"{scores['mean']:.3f}", "", "")
+    out.print(table)
 
 
 @app.command()
@@ -509,6 +683,8 @@ def entry() -> None:
     A training step on a CPU takes and returns a gigabyte; most of the time that this costs is page faults, and glibc reads the
     setting only when a process starts (measured: experiments/README.md). A GLIBC_TUNABLES of the user's own is left alone.
     """
+    # transformers would import every framework that it finds, for its Flax modules
+    os.environ |= {"USE_TORCH": "0", "USE_TF": "0", **os.environ}
     if sys.platform == "linux" and {"train", "quickstart"} & set(sys.argv[1:]) and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         with contextlib.suppress(OSError):

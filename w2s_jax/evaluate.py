@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from w2s_jax import DIMENSIONS, checkpoint, metrics
+from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint, metrics
 from w2s_jax.artifacts import MismatchError, UsageError, write_atomic, write_json
 from w2s_jax.bank import Bank
 from w2s_jax.labels import Labels
@@ -19,6 +19,9 @@ from w2s_jax.runtime import Predictor
 from w2s_jax.views import Views, draw
 
 _BATCH = 32
+
+#: Samples below which a clip is not a clip: 50 ms, what the shortest-sighted teacher needs.
+SHORTEST = 800
 
 
 def predict_views(infer: Callable[[np.ndarray], np.ndarray], bank: Bank, views: Views, rows: np.ndarray) -> np.ndarray:
@@ -143,6 +146,77 @@ def evaluate(
     return report
 
 
+def evaluate_teacher(
+    teacher: Callable[[np.ndarray], np.ndarray],
+    bank: Bank,
+    *,
+    split: str = "test",
+    batch_size: int = 8,
+    longest: float = 30.0,
+    out: str | os.PathLike | None = None,
+    seed: int = 0,
+    progress: Callable[..., None] | None = None,
+) -> dict:
+    """CCC of a teacher with people's ratings, on whole clips.
+
+    A Transformer hears clips of nearly equal length together, filled up to the next second and masked, so that its values are
+    those of the clip alone; every other teacher hears one clip at a time.
+
+    Args:
+        teacher: from ``teachers.load``.
+        bank: of a corpus that has ratings.
+        split: train, validation or test.
+        batch_size: clips that each device hears at once.
+        longest: of a longer clip only that many seconds are heard.
+        out: directory for teacher_SPLIT.json and teacher_SPLIT.png; default: none are written.
+        seed: of the bootstrap.
+        progress: called with (clips done, clips in all).
+
+    Returns:
+        ``{"teacher", "split", "clips", "cut", "human": {dimension: {"ccc", "low", "high"}, "mean": …}}``
+
+    Raises:
+        UsageError: the split has no ratings of the teacher's dimensions.
+    """
+    names = teacher.dimensions
+    if not all(name in DIMENSIONS for name in names):
+        raise UsageError(f"teacher {teacher.name} puts out {', '.join(names)}; people rated {', '.join(DIMENSIONS)}")
+    ratings = np.stack([bank.clips[name] for name in names], axis=1).astype(np.float64)
+    clips = np.flatnonzero(
+        (bank.clips["split"] == split) & np.isfinite(ratings).all(axis=1) & (bank.clips["samples"] >= SHORTEST)
+    )
+    if len(clips) < 2:
+        raise UsageError(f"the {split} split has {len(clips)} rated clips; a CCC needs two at least")
+    limit = round(longest * SAMPLING_RATE)
+    samples = np.minimum(bank.clips["samples"][clips], limit)
+    predicted, done = np.empty((len(clips), len(names))), 0
+    devices = getattr(teacher, "devices", None)
+    widths = -(-samples // SAMPLING_RATE) * SAMPLING_RATE if devices else samples
+    for width in np.unique(widths):
+        members, size = np.flatnonzero(widths == width), batch_size * devices if devices else 1
+        for at in range(0, len(members), size):
+            batch = members[at : at + size]
+            waves = np.zeros((len(batch), width), np.float32)
+            for wave, clip, length in zip(waves, clips[batch], samples[batch], strict=True):
+                wave[:length] = bank.clip(clip)[:length] / np.float32(32768)
+            predicted[batch] = teacher(waves, samples[batch]) if devices else teacher(waves)
+            done += len(batch)
+            if progress:
+                progress(done, len(clips))
+    report = {
+        "teacher": teacher.name,
+        "split": split,
+        "clips": len(clips),
+        "cut": int((bank.clips["samples"][clips] > limit).sum()),
+        "human": _scores(predicted, ratings[clips], clips, names, seed),
+    }
+    if out is not None:
+        write_json(Path(out) / f"teacher_{split}.json", report)
+        panel = ("people's ratings", names, predicted, ratings[clips], report["human"])
+        scatter(Path(out) / f"teacher_{split}.png", [panel], f"{teacher.name}, {split} split", "teacher")
+    return report
+
+
 def _scores(predicted: np.ndarray, target: np.ndarray, groups: np.ndarray, names, seed: int) -> dict:
     score = metrics.ccc(predicted, target)
     low, high = metrics.bootstrap_ccc(predicted, target, groups=groups, seed=seed)
@@ -153,7 +227,7 @@ def _scores(predicted: np.ndarray, target: np.ndarray, groups: np.ndarray, names
     return {**scores, "mean": round(float(score.mean()), 4)}
 
 
-def scatter(path: Path, panels: list, title: str) -> None:
+def scatter(path: Path, panels: list, title: str, who: str = "student") -> None:
     """Draw prediction against target, a row per comparison and a panel per dimension, as PNG.
 
     ``panels`` is a list of (what the target is, names, predicted [N, D], target [N, D], scores).
@@ -181,6 +255,6 @@ def scatter(path: Path, panels: list, title: str) -> None:
             axis.set_xlim(low - margin, high + margin)
             axis.set_ylim(low - margin, high + margin)
             axis.set_aspect("equal")
-        row[0].set_ylabel("student", fontsize=9)
+        row[0].set_ylabel(who, fontsize=9)
     figure.suptitle(title, fontsize=10)
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

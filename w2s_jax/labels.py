@@ -24,12 +24,20 @@ class Labels:
     Attributes:
         dimensions: names of the outputs.
         values: float32 [views, dimensions], row i belongs to view i.
+        members: the same of every teacher whose mean ``values`` is, by name; empty for a single teacher.
         about: labels.json: the teacher (name, fingerprint, licence, stand_in), fingerprints of bank and views.
     """
 
     dimensions: tuple[str, ...]
     values: np.ndarray
+    members: dict[str, np.ndarray]
     about: dict
+
+
+def columns(teacher: dict) -> tuple[str, ...]:
+    """The columns of a shard after ``view``, from a teacher's provenance: its dimensions, then those of each member."""
+    members = [f"{member['name']}_{name}" for member in teacher.get("members", ()) for name in teacher["dimensions"]]
+    return (*teacher["dimensions"], *members)
 
 
 def shards(views: Views) -> list[np.ndarray]:
@@ -43,17 +51,17 @@ def shard_path(directory: Path, number: int) -> Path:
     return directory / "shards" / f"{number:05d}.parquet"
 
 
-def write_shard(directory: Path, number: int, rows: np.ndarray, values: np.ndarray, dimensions: tuple[str, ...]) -> None:
-    """Write one shard: rows int64 [n] and values float32 [n, dimensions]."""
-    table = pa.table({"view": rows, **{name: values[:, at] for at, name in enumerate(dimensions)}})
+def write_shard(directory: Path, number: int, rows: np.ndarray, values: np.ndarray, names: tuple[str, ...]) -> None:
+    """Write one shard: rows int64 [n] and values float32 [n, names]."""
+    table = pa.table({"view": rows, **{name: values[:, at] for at, name in enumerate(names)}})
     write_atomic(shard_path(directory, number), lambda path: pq.write_table(table, path))
 
 
-def read_shard(directory: Path, number: int, rows: np.ndarray, dimensions: tuple[str, ...]) -> np.ndarray | None:
-    """The values of one shard, float32 [n, dimensions]; None if it is missing, damaged or not of these rows."""
+def read_shard(directory: Path, number: int, rows: np.ndarray, names: tuple[str, ...]) -> np.ndarray | None:
+    """The values of one shard, float32 [n, names]; None if it is missing, damaged or not of these rows."""
     try:
         table = pq.read_table(shard_path(directory, number))
-        values = np.stack([table[name].to_numpy() for name in dimensions], axis=1)
+        values = np.stack([table[name].to_numpy() for name in names], axis=1)
         whole = np.array_equal(table["view"].to_numpy(), rows) and values.dtype == np.float32 and np.isfinite(values).all()
     except (OSError, KeyError, ValueError, pa.ArrowException):
         return None
@@ -77,11 +85,11 @@ def read(directory: str | os.PathLike, views: Views) -> Labels:
             f"the labels at {directory} belong to views {about['views']}, but these are views {views.fingerprint}; "
             "label these views (w2s label) or give the views that were labelled"
         )
-    dimensions = tuple(about["teacher"]["dimensions"])
-    values = np.full((len(views), len(dimensions)), np.nan, np.float32)
+    dimensions, names = tuple(about["teacher"]["dimensions"]), columns(about["teacher"])
+    values = np.full((len(views), len(names)), np.nan, np.float32)
     bad = []
     for number, rows in enumerate(shards(views)):
-        shard = read_shard(directory, number, rows, dimensions)
+        shard = read_shard(directory, number, rows, names)
         if shard is None:
             bad.append(shard_path(directory, number).name)
         else:
@@ -91,4 +99,6 @@ def read(directory: str | os.PathLike, views: Views) -> Labels:
             f"{len(bad)} label shards at {directory} are missing or damaged (first: {bad[0]}); "
             "run the same w2s label command again: it makes only those"
         )
-    return Labels(dimensions, values, about)
+    own, *others = np.split(values, len(names) // len(dimensions), axis=1)
+    members = {member["name"]: value for member, value in zip(about["teacher"].get("members", ()), others, strict=True)}
+    return Labels(dimensions, own, members, about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -119,5 +120,17 @@ _mix = jax.jit(mix)
 
 
 def render_on_host(bank: Bank, views: Views, rows: np.ndarray) -> np.ndarray:
-    """Views of one length as waveforms, float32 [len(rows), T], without a copy of the bank on the device."""
-    return np.asarray(_mix(*pieces(bank, views, rows)))
+    """Views of one length as waveforms, float32 [len(rows), T], without a copy of the bank on the device.
+
+    The host's processor mixes, so that this never waits for an accelerator that is busy.
+    """
+    with jax.default_device(_host()):
+        return np.asarray(_mix(*pieces(bank, views, rows)))
+
+
+@functools.cache
+def _host() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names accelerators only
+        return None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Protocol
 
 import numpy as np
 
+from w2s_jax import SAMPLING_RATE, metrics
 from w2s_jax.artifacts import UsageError, missing_extra
 
 #: What ``load`` understands, with a line for --help.
@@ -124,6 +126,14 @@ def load(
     return ensemble.Ensemble("paper", members)
 
 
+def hear(teacher: Teacher, waves: np.ndarray) -> list:
+    """What a teacher says of float32 [B, T], then what each of its members does, if it has any: arrays [B, D]."""
+    if not getattr(teacher, "members", ()):
+        return [teacher(waves)]
+    each = teacher.each(waves)
+    return [sum(each) / len(each), *each]
+
+
 def provenance(teacher: Teacher) -> dict:
     """What labels, students and models keep of the teacher that made them."""
     about = {
@@ -136,3 +146,61 @@ def provenance(teacher: Teacher) -> dict:
     }
     members = getattr(teacher, "members", ())
     return {**about, "members": [provenance(member) for member in members]} if members else about
+
+
+def check(teacher: Teacher, batch_size: int = 4, seconds: float = 5.0) -> dict:
+    """What there is to know of a teacher before it labels, and how fast it is on this machine.
+
+    Args:
+        teacher: from ``load``.
+        batch_size: views that each device hears at once.
+        seconds: their length.
+
+    Returns:
+        Provenance with ``parameters``, ``golden_difference`` (by name, for those that have a published value), ``doubt``,
+        ``devices``, ``batch_size``, ``seconds``, ``views_per_second`` and ``seconds_per_hour`` (of audio). The speed is the
+        median of three batches of noise, after one that compiles.
+    """
+    devices = getattr(teacher, "devices", 1)
+    shape = batch_size * devices, round(seconds * SAMPLING_RATE)
+    waves = 0.1 * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        np.asarray(teacher(waves))
+        times.append(time.perf_counter() - began)
+    rate = len(waves) / float(np.median(times[1:]))
+    golden = {member.name: getattr(member, "golden", None) for member in getattr(teacher, "members", (teacher,))}
+    return {
+        **provenance(teacher),
+        "parameters": getattr(teacher, "parameters", None),
+        "golden_difference": {name: value for name, value in golden.items() if value is not None},
+        "doubt": getattr(teacher, "doubt", None),
+        "devices": devices,
+        "batch_size": batch_size,
+        "seconds": seconds,
+        "views_per_second": round(rate, 3),
+        "seconds_per_hour": round(3600 / (rate * seconds), 2),
+    }
+
+
+def compare(teacher: Teacher, other: Teacher, waves: list[np.ndarray]) -> dict:
+    """How far two teachers' labels of the same waveforms (float32 [T] each) lie apart.
+
+    Returns:
+        ``{"clips", "ccc": {dimension: …}, "largest_difference"}``
+
+    Raises:
+        UsageError: fewer than two of the waveforms have the length that most of them have.
+    """
+    lengths, counts = np.unique([len(wave) for wave in waves], return_counts=True)
+    alike = [wave for wave in waves if len(wave) == lengths[counts.argmax()]] if waves else []  # a length is compiled once
+    if len(alike) < 2:
+        raise UsageError(f"of {len(waves)} clips, no two have the same length; choose shorter --seconds")
+    one, two = (np.concatenate([np.asarray(model(wave[None])) for wave in alike]) for model in (teacher, other))
+    score = metrics.ccc(one, two)
+    return {
+        "clips": len(alike),
+        "ccc": {name: round(float(value), 5) for name, value in zip(teacher.dimensions, score, strict=True)},
+        "largest_difference": round(float(np.abs(one - two).max()), 5),
+    }

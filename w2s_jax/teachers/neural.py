@@ -46,6 +46,7 @@ class NeuralTeacher:
         module: linen module [B, T] → [B, 3] whose ``dtype`` field says what it computes in.
         checkpoint: where its weights lie.
         licence: of the published weights.
+        published: how many parameters those have.
         options: what else changes the labels (normalisation), for provenance.
 
     Attributes:
@@ -57,7 +58,9 @@ class NeuralTeacher:
     dimensions = DIMENSIONS
     stand_in = False
 
-    def __init__(self, name: str, module: nn.Module, checkpoint: weights.Checkpoint, licence: str, options: dict) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, checkpoint: weights.Checkpoint, licence: str, published: int, options: dict
+    ) -> None:
         self.name, self.licence, self.module, self.checkpoint = name, licence, module, checkpoint
         self.golden, self.doubt = None, None
         self._mesh = Mesh(np.array(jax.local_devices()), ("views",))
@@ -75,6 +78,7 @@ class NeuralTeacher:
         self.about = {
             "checkpoint": checkpoint.repository,
             "revision": checkpoint.revision,
+            "published": None if self.parameters == published else False,  # None: nothing speaks against it
             "dtype": jnp.dtype(module.dtype).name,
             **options,
         }

@@ -90,11 +90,13 @@ def load(
             f"{checkpoint.directory} is a wav2vec2 of another build: expected feat_extract_norm 'layer', do_stable_layer_norm "
             f"true and no adapter, got {config.feat_extract_norm!r}, {config.do_stable_layer_norm}, {config.add_adapter}"
         )
-    teacher = NeuralTeacher("wav2vec2", Wav2Vec2(config, jnp.dtype(dtype)), checkpoint, LICENCE, {"normalisation": "utterance"})
+    module = Wav2Vec2(config, jnp.dtype(dtype))
+    teacher = NeuralTeacher("wav2vec2", module, checkpoint, LICENCE, PARAMETERS, {"normalisation": "utterance"})
     if teacher.parameters == PARAMETERS:
         value = np.asarray(teacher(np.zeros((1, SAMPLING_RATE), np.float32)))[0]
         teacher.golden = float(np.abs(value - GOLDEN).max())
-        if not teacher.golden <= TOLERANCE[dtype] and revision is None:
+        teacher.about["published"] = teacher.golden <= TOLERANCE[dtype]
+        if not teacher.about["published"] and revision is None:
             teacher.doubt = (
                 f"the weights at {checkpoint.directory} give {np.round(value, 7).tolist()} for 16,000 zeros, the published "
                 f"{REPOSITORY} gives {list(GOLDEN)}: damaged, or another model; if that is meant, name it with --revision"

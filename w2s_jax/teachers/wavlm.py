@@ -255,4 +255,4 @@ def load(
     geometry = {name: found.get(name, default) for name, default in LARGE.items()}
     config = WavLMConfig(feat_extract_norm="layer", do_stable_layer_norm=True, **geometry)
     module = WavLM(config, found["mean"], found["std"], normalisation, jnp.dtype(dtype))
-    return NeuralTeacher("wavlm", module, checkpoint, LICENCE, {"normalisation": normalisation})
+    return NeuralTeacher("wavlm", module, checkpoint, LICENCE, PARAMETERS, {"normalisation": normalisation})

@@ -55,7 +55,7 @@ def find(repository: str, member: str, checkpoint_dir: str | os.PathLike | None,
         UsageError: nothing there, only pickled weights, no network; says which file, from where, and the offline way.
     """
     if checkpoint_dir is None:
-        directory, weights = _download(repository, member, revision)
+        directory, weights = _download(repository, revision)
     else:
         root = Path(checkpoint_dir)
         places = [root, root / member, root / repository.split("/")[1], root / repository]
@@ -96,42 +96,53 @@ def _weights(directory: Path, repository: str) -> tuple[Path, ...]:
     raise UsageError(f"the checkpoint at {directory} has no {WEIGHTS}; fetch it from {repository}")
 
 
-def _download(repository: str, member: str, revision: str | None) -> tuple[Path, tuple[Path, ...]]:
-    """The files of a repository on the hub, from the cache where they are there."""
+def _download(repository: str, revision: str | None) -> tuple[Path, tuple[Path, ...]]:
+    """Directory and safetensors files of a repository on the hub, from the cache where they are there."""
+    config, weights = (_fetch(repository, name, revision) for name in (CONFIG, WEIGHTS))
+    if config and weights:
+        return config.parent, (weights,)
+    index = _fetch(repository, INDEX, revision) if config else None
+    if index is None:
+        lacking = f"{WEIGHTS} (pickled weights are never read)" if config else CONFIG
+        raise UsageError(f"{repository} has no {lacking}; {_offline(repository)}")
+    names = sorted(set(read_json(index, "checkpoint")["weight_map"].values()))
+    return config.parent, tuple(filter(None, (_fetch(repository, name, revision) for name in names)))
+
+
+def _fetch(repository: str, name: str, revision: str | None) -> Path | None:
+    """One file of a repository; None if the repository does not have it."""
     try:
         from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub.utils import logging
     except ModuleNotFoundError as error:
         raise missing_extra("huggingface_hub", "teacher") from error
-    file = CONFIG
-
-    def fetch(name: str) -> Path:
-        nonlocal file
-        file = name
-        return Path(hf_hub_download(repository, name, revision=revision))
-
-    hint = (
-        f"; without a network: fetch {CONFIG} and {WEIGHTS} elsewhere "
-        f"(hf download {repository} --local-dir DIR), bring them here, and give --checkpoint-dir DIR"
-    )
-    origin = f"{file} of {repository}" + (f" at revision {revision}" if revision else "")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would tell of every retry what the error below says once
     try:
-        directory = fetch(CONFIG).parent
-        try:
-            weights = (fetch(WEIGHTS),)
-        except errors.RemoteEntryNotFoundError:
-            index = read_json(fetch(INDEX), "checkpoint")
-            weights = tuple(fetch(name) for name in sorted(set(index["weight_map"].values())))
-        return directory, weights
+        return Path(hf_hub_download(repository, name, revision=revision))
     except errors.RepositoryNotFoundError as error:
-        raise UsageError(f"the Hugging Face hub knows no {repository} (or it is private){hint}") from error
+        raise UsageError(f"the Hugging Face hub has no {repository}, or it is private; {_offline(repository)}") from error
     except errors.RevisionNotFoundError as error:
-        raise UsageError(f"{repository} has no revision {revision!r} on the Hugging Face hub{hint}") from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise UsageError(f"{origin} is not on the Hugging Face hub, or has only pickled weights{hint}") from error
+        raise UsageError(f"{repository} has no revision {revision!r} on the Hugging Face hub") from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        origin = origin.replace(CONFIG, file)
-        reason = str(error.__cause__ or error).splitlines()[0][:160]
-        raise UsageError(f"cannot fetch {origin} from the Hugging Face hub: {reason}{hint}") from error
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+            return None
+        cause = error
+        while cause.__cause__ or cause.__context__:  # the hub's own message does not say what went wrong
+            cause = cause.__cause__ or cause.__context__
+        reason = str(cause).split("\n", 1)[0]
+        raise UsageError(
+            f"cannot fetch {name} of {repository} from the Hugging Face hub ({reason}); {_offline(repository)}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _offline(repository: str) -> str:
+    return (
+        f"without a network: fetch {CONFIG} and {WEIGHTS} elsewhere (hf download {repository} --local-dir DIR), "
+        "bring DIR here, and give --checkpoint-dir DIR"
+    )
 
 
 def torch_name(path: tuple[str, ...]) -> str:
