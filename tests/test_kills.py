@@ -116,7 +116,7 @@ def finished(*processes) -> None:
 
 
 def test_batches_devices_and_processes_make_the_same_labels(bank, checkpoints, tmp_path):
-    views = tables.draw(bank, per_clip=60, seconds=(0.3, 0.6), seed=1)
+    views = tables.draw(bank, per_clip=20, seconds=(0.3, 0.6), seed=1)
     views.save(tmp_path / "views.parquet")
     start = partial(labelling, bank, tmp_path / "views.parquet", checkpoints)
     with socket.socket() as free:

@@ -16,7 +16,15 @@ from w2s_jax import DIMENSIONS, SAMPLING_RATE
 from w2s_jax.artifacts import UsageError, W2SError, fingerprint
 from w2s_jax.teachers import weights
 
-DTYPES = ("float32", "bfloat16")
+#: What both models are built like; transformers' Flax modules know no other normalisation, and take the epsilon of the
+#: convolutions' norms from the configuration, where its PyTorch modules have 1e-5.
+BUILD = {
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+}
 
 #: Below 25 ms the convolutions have no output frame.
 SHORTEST = 400
@@ -69,7 +77,8 @@ class NeuralTeacher:
 
         def place(path: tuple[str, ...], array: np.ndarray) -> Array:
             # the trunk's matrices, which is nearly all there is; norms, gates and the head stay exact
-            low = half and path[-1] == "kernel" and path[0] in ("wav2vec2", "ssl_model")
+            trunk = path[0] in ("wav2vec2", "ssl_model") and "gru_rel_pos_linear" not in path
+            low = half and trunk and path[-1] == "kernel"
             return jax.device_put(array.astype(jnp.bfloat16) if low else array, everywhere)
 
         shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE)))["params"]
@@ -83,8 +92,8 @@ class NeuralTeacher:
             **options,
         }
         # what the shapes of the weights do not tell
-        unseen = ("conv_stride", "num_attention_heads", "layer_norm_eps", "max_bucket_distance", "hidden_act")
-        geometry = {key: module.config.to_dict().get(key) for key in unseen}
+        unseen = ("conv_kernel", "conv_stride", "num_attention_heads", "num_conv_pos_embedding_groups", "max_bucket_distance")
+        geometry = {key: getattr(module.config, key, None) for key in unseen}
         self.fingerprint = fingerprint(name, checkpoint.fingerprint, {**options, "dtype": self.about["dtype"]}, geometry)
         self._compiled = {}
 
@@ -105,14 +114,16 @@ class NeuralTeacher:
             float32 [B, 3].
 
         Raises:
-            UsageError: another shape, or too short.
+            UsageError: another shape, too short, lengths that do not fit, or samples that are not finite.
             W2SError: not enough memory; names the batch size to try.
         """
         waves = np.asarray(waves, np.float32)
-        if waves.ndim != 2 or waves.shape[1] < SHORTEST or (lengths is not None and np.min(lengths) < SHORTEST):
+        if waves.ndim != 2 or not len(waves) or waves.shape[1] < SHORTEST:
             raise UsageError(
                 f"teacher {self.name} got waves of shape {waves.shape}; expected [B, T] with T ≥ {SHORTEST} samples"
             )
+        if not np.isfinite(waves).all():
+            raise UsageError(f"teacher {self.name} got samples that are not finite; check the audio")
         rows = len(waves)
         size = self.devices
         while size < rows:
@@ -121,7 +132,13 @@ class NeuralTeacher:
         sharding = NamedSharding(self._mesh, PartitionSpec("views"))
         inputs = [jax.device_put(waves[filled], sharding)]
         if lengths is not None:
-            inputs.append(jax.device_put(np.asarray(lengths, np.int32)[filled], sharding))
+            lengths = np.asarray(lengths, np.int32)
+            if lengths.shape != (rows,) or lengths.min() < SHORTEST or lengths.max() > waves.shape[1]:
+                raise UsageError(
+                    f"teacher {self.name} got lengths {lengths.tolist()} for waves of shape {waves.shape}; "
+                    f"expected one for each row, {SHORTEST} to {waves.shape[1]} samples"
+                )
+            inputs.append(jax.device_put(lengths[filled], sharding))
         key = (size, waves.shape[1], len(inputs))
         if key not in self._compiled:
             self._compiled[key] = self._compile(inputs)

@@ -12,9 +12,8 @@ from transformers import Wav2Vec2Config
 from transformers.models.wav2vec2.modeling_flax_wav2vec2 import FlaxWav2Vec2Module
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE
-from w2s_jax.artifacts import UsageError
 from w2s_jax.teachers import weights
-from w2s_jax.teachers.neural import NeuralTeacher, frames, valid
+from w2s_jax.teachers.neural import BUILD, NeuralTeacher, frames, valid
 
 REPOSITORY = "audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim"
 LICENCE = f"CC-BY-NC-SA-4.0 ({REPOSITORY})"
@@ -85,11 +84,7 @@ def load(
     checkpoint = weights.find(REPOSITORY, "wav2vec2", checkpoint_dir, revision)
     settings = {**checkpoint.config, "vocab_size": checkpoint.config.get("vocab_size") or 32}  # published as null
     config = Wav2Vec2Config.from_dict(settings)
-    if config.feat_extract_norm != "layer" or not config.do_stable_layer_norm or config.add_adapter:
-        raise UsageError(
-            f"{checkpoint.directory} is a wav2vec2 of another build: expected feat_extract_norm 'layer', do_stable_layer_norm "
-            f"true and no adapter, got {config.feat_extract_norm!r}, {config.do_stable_layer_norm}, {config.add_adapter}"
-        )
+    weights.expect(checkpoint, config, {**BUILD, "add_adapter": False})
     module = Wav2Vec2(config, jnp.dtype(dtype))
     teacher = NeuralTeacher("wav2vec2", module, checkpoint, LICENCE, PARAMETERS, {"normalisation": "utterance"})
     if teacher.parameters == PARAMETERS:

@@ -25,7 +25,7 @@ from transformers.models.wav2vec2.modeling_flax_wav2vec2 import (
 from w2s_jax import DIMENSIONS
 from w2s_jax.artifacts import UsageError
 from w2s_jax.teachers import weights
-from w2s_jax.teachers.neural import NeuralTeacher, frames, valid
+from w2s_jax.teachers.neural import BUILD, NeuralTeacher, frames, valid
 
 REPOSITORY = "3loi/SER-Odyssey-Baseline-WavLM-Multi-Attributes"
 LICENCE = f"MIT ({REPOSITORY})"
@@ -46,7 +46,7 @@ LARGE = {
     "num_conv_pos_embedding_groups": 16,
     "num_buckets": 320,
     "max_bucket_distance": 800,
-    "layer_norm_eps": 1e-5,
+    **BUILD,
 }
 
 
@@ -249,10 +249,11 @@ def load(
         raise UsageError(f"unknown normalisation {normalisation!r}; there are: {', '.join(NORMALISATIONS)}")
     checkpoint = weights.find(REPOSITORY, "wavlm", checkpoint_dir, revision)
     found = checkpoint.config
-    missing = [name for name in ("mean", "std") if not isinstance(found.get(name), float)]
+    missing = [name for name in ("mean", "std") if not isinstance(found.get(name), int | float)]
     if missing:
         raise UsageError(f"{checkpoint.directory / weights.CONFIG} does not give {' and '.join(missing)} of {REPOSITORY}")
-    geometry = {name: found.get(name, default) for name, default in LARGE.items()}
-    config = WavLMConfig(feat_extract_norm="layer", do_stable_layer_norm=True, **geometry)
+    config = WavLMConfig(**{name: found.get(name, default) for name, default in LARGE.items()})
+    weights.expect(checkpoint, config, BUILD)
     module = WavLM(config, found["mean"], found["std"], normalisation, jnp.dtype(dtype))
-    return NeuralTeacher("wavlm", module, checkpoint, LICENCE, PARAMETERS, {"normalisation": normalisation})
+    options = {"normalisation": normalisation, "mean": found["mean"], "std": found["std"]}
+    return NeuralTeacher("wavlm", module, checkpoint, LICENCE, PARAMETERS, options)

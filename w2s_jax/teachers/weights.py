@@ -73,12 +73,32 @@ def find(repository: str, member: str, checkpoint_dir: str | os.PathLike | None,
     return Checkpoint(directory, read_json(directory / CONFIG, "checkpoint"), weights, repository, commit or revision)
 
 
+def expect(checkpoint: Checkpoint, config: object, settings: dict) -> None:
+    """Refuse a configuration that gives the same tensors another meaning.
+
+    Raises:
+        UsageError: names every setting (an attribute of ``config``) that is not as expected.
+    """
+    found = {name: getattr(config, name) for name in settings}
+    wrong = [f"{name} is {found[name]!r}, expected {value!r}" for name, value in settings.items() if found[name] != value]
+    if wrong:
+        raise UsageError(f"{checkpoint.directory} is another build than {checkpoint.repository}: {'; '.join(wrong)}")
+
+
+def _listed(index: Path) -> list[str]:
+    """The files that an index of shards names."""
+    names = read_json(index, "checkpoint").get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise W2SError(f"{index} is damaged: expected a weight_map from tensors to files")
+    return sorted(set(names.values()))
+
+
 def _weights(directory: Path, repository: str) -> tuple[Path, ...]:
     """The safetensors files of a directory, one or as its index lists them."""
     if (directory / WEIGHTS).is_file():
         return (directory / WEIGHTS,)
     if (directory / INDEX).is_file():
-        names = sorted(set(read_json(directory / INDEX, "checkpoint")["weight_map"].values()))
+        names = _listed(directory / INDEX)
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise UsageError(
@@ -105,8 +125,7 @@ def _download(repository: str, revision: str | None) -> tuple[Path, tuple[Path, 
     if index is None:
         lacking = f"{WEIGHTS} (pickled weights are never read)" if config else CONFIG
         raise UsageError(f"{repository} has no {lacking}; {_offline(repository)}")
-    names = sorted(set(read_json(index, "checkpoint")["weight_map"].values()))
-    return config.parent, tuple(filter(None, (_fetch(repository, name, revision) for name in names)))
+    return config.parent, tuple(filter(None, (_fetch(repository, name, revision) for name in _listed(index))))
 
 
 def _fetch(repository: str, name: str, revision: str | None) -> Path | None:
