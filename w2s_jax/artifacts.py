@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -198,8 +199,13 @@ class Shares:
             raise W2SError(f"{self._directory} is in use by another w2s process; wait for it or choose another directory")
 
     def take(self, part: int, wait: bool = False) -> bool:
-        """Take a part; False if another process has it. With ``wait``, until it is free."""
-        return self._lock(self._PARTS + part, "wait" if wait else "take")
+        """Take a part; False if another process has it. With ``wait``, look again until it is free."""
+        # not "wait" in the kernel: two processes whose threads wait for each other's parts are no deadlock, but it says so
+        while not self._lock(self._PARTS + part, "take"):
+            if not wait:
+                return False
+            time.sleep(0.1)
+        return True
 
     def free(self, part: int) -> None:
         """Let go of a part."""

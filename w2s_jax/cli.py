@@ -680,9 +680,9 @@ def options(
 def entry() -> None:
     """What the console script calls: ``main``, in a process whose malloc asks for huge pages where that is faster.
 
-    A training step on a CPU, or a batch of a Transformer, takes and returns a gigabyte; most of the time that this costs is page
-    faults, and glibc reads the setting only when a process starts (measured: experiments/README.md). A GLIBC_TUNABLES of the
-    user's own is left alone.
+    A training step on a CPU, or a batch of a Transformer, takes and returns a gigabyte; most of the time that this costs is
+    page faults, and glibc reads the setting only when a process starts (measured: experiments/README.md). A GLIBC_TUNABLES of
+    the user's own is left alone.
     """
     # transformers would import every framework that it finds, for its Flax modules
     os.environ |= {"USE_TORCH": "0", "USE_TF": "0", **os.environ}
