@@ -105,7 +105,11 @@ def labelling(bank, views, checkpoints, out, *options, devices=1) -> subprocess.
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(checkpoints / "compiled"),  # most of what a killed process had done so far
+        },
     )
 
 
