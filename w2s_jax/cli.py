@@ -401,7 +401,7 @@ def teacher_check(
     table.add_row("devices", str(result["devices"]))
     rate = f"{result['views_per_second']:.3g} views of {seconds:g} s per second"
     table.add_row("speed", f"{rate}, {batch_size} at once on each device")
-    table.add_row("an hour of audio", f"{result['seconds_per_hour']:.3g} s")
+    table.add_row("an hour of audio", f"{result['seconds_per_hour']:,.0f} s")
     if "bfloat16" in result:
         effect = result["bfloat16"]
         scores = ", ".join(f"{name} {value:.4f}" for name, value in effect["ccc"].items())
