@@ -160,7 +160,7 @@ def test_fifty_kills_of_two_processes_that_share_the_labels(bank, checkpoints, t
                 more = chance.randint(0, 2)  # 0: while it starts, or whatever it does then
                 while worker.poll() is None and len(list((out / "shards").glob("*.parquet"))) < have + more:
                     time.sleep(0.01)
-                time.sleep(chance.uniform(0, 0.5 if more else 5))
+                time.sleep(chance.uniform(0, 0.5 if more else 3))
                 worker.kill()
             for worker in workers:
                 _, err = worker.communicate(timeout=100)

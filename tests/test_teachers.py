@@ -186,6 +186,24 @@ def split(directory: Path, state: dict) -> dict:
     return where
 
 
+def test_the_hubs_cache_serves_without_a_network(checkpoints, small, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / f"models--{REPOSITORIES['wavlm'].replace('/', '--')}"
+    shutil.copytree(checkpoints / "wavlm", cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    teacher = teachers.load("wavlm")
+    assert_same_parameters(teacher, small("wavlm-official"))
+    assert teacher.about["revision"] == commit
+    assert teacher.fingerprint == small("wavlm-official").fingerprint
+    with pytest.raises(UsageError, match=rf"cannot fetch config\.json of {REPOSITORIES['wavlm']}.*--checkpoint-dir DIR"):
+        teachers.load("wavlm", revision="v2")
+
+
 def test_weights_in_two_files(checkpoints, small, tmp_path):
     shutil.copy(checkpoints / "wavlm" / "config.json", tmp_path)
     where = split(tmp_path, load_file(checkpoints / "wavlm" / "model.safetensors"))
