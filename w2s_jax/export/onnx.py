@@ -86,7 +86,7 @@ def simplify(model, waves: Sequence[np.ndarray]):
     """Apply every graph pass that leaves the outputs as they are.
 
     Args:
-        model: what ``convert`` returned; its shortest input is below 4003 samples.
+        model: what ``convert`` returned; its shortest input is below 16,003 samples.
         waves: float32 [T] each, on which a pass is judged.
 
     Returns:
@@ -95,7 +95,15 @@ def simplify(model, waves: Sequence[np.ndarray]):
     """
     before = run(model, waves)
     changes = {}
-    for rewrite in (settle_shapes, drop_identities, relu_from_max, bias_into_conv, padding_into_pool, drop_dead):
+    for rewrite in (
+        settle_shapes,
+        drop_identities,
+        relu_from_max,
+        scale_into_conv,
+        bias_into_conv,
+        padding_into_pool,
+        drop_dead,
+    ):
         candidate = type(model)()
         candidate.CopyFrom(model)
         rewrite(candidate)
@@ -157,24 +165,41 @@ def relu_from_max(model) -> None:
                 node.input[:] = [x]
 
 
+def scale_into_conv(model) -> None:
+    """Conv * one value per channel → Conv with other weights, as of a BatchNorm."""
+    constants = _constants(model)
+    for conv, value in _after_conv(model, "Mul"):
+        weights = constants[conv.input[1]]
+        _set_constant(model, conv, 1, weights * value.reshape(-1, *(1,) * (weights.ndim - 1)))
+
+
 def bias_into_conv(model) -> None:
     """Conv + Add of one value per channel → Conv with a bias."""
+    for conv, value in _after_conv(model, "Add"):
+        conv.input.append("")
+        _set_constant(model, conv, 2, value.reshape(-1))
+
+
+def _after_conv(model, op_type: str) -> Iterator[tuple]:
+    """Each Conv without a bias, with weights of its own, that only an ``op_type`` with one constant per channel reads.
+
+    It comes with that constant; the reading node is gone by then, its output the convolution's.
+    """
     constants = _constants(model)
     producers = {output: node for node in model.graph.node for output in node.output}
     uses = _uses(model)
     for node in list(model.graph.node):
-        if node.op_type != "Add":
+        if node.op_type != op_type:
             continue
-        x, bias = node.input if node.input[1] in constants else reversed(node.input)
+        x, constant = node.input if node.input[1] in constants else reversed(node.input)
         conv = producers.get(x)
-        if bias not in constants or conv is None or conv.op_type != "Conv" or len(conv.input) != 2 or uses[x] != 1:
+        if constant not in constants or conv is None or conv.op_type != "Conv" or len(conv.input) != 2 or uses[x] != 1:
             continue
-        value = constants[bias]
-        if value.size == constants[conv.input[1]].shape[0] == value.shape[-3:][0]:
-            conv.input.append("")
-            _set_constant(model, conv, 2, value.reshape(-1))
+        value = constants[constant]
+        if uses[conv.input[1]] == 1 and value.size == constants[conv.input[1]].shape[0] == value.shape[-3:][0]:
             conv.output[0] = node.output[0]
             model.graph.node.remove(node)
+            yield conv, value
 
 
 def padding_into_pool(model) -> None:
@@ -221,7 +246,7 @@ def drop_dead(model) -> None:
             node.output[position] = short.setdefault(name, f"x{index}")
 
 
-def _trace(model, lengths: tuple[int, int] = (4003, 9001)) -> dict[str, list[np.ndarray]]:
+def _trace(model, lengths: tuple[int, int] = (16_003, 29_009)) -> dict[str, list[np.ndarray]]:
     """Every value of the graph for two lengths of noise: a size that differs between them depends on the length."""
     import onnx
 

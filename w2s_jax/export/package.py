@@ -75,12 +75,13 @@ def export_student(
     source = Path(run_or_student_dir)
     if (source / "student" / checkpoint.CONFIG).exists():
         source = source / "student"
-    calibration, check = _split(calibration, check, student.n_fft)
+    shortest = student.minimum_samples
+    calibration, check = _split(calibration, check, shortest)
 
     say("fp32: converting")
     outputs = len(config["dimensions"])
-    probes = _probes([*calibration, *check][:4])
-    plain = graph.convert(deploy(student, variables), outputs, student.n_fft)
+    probes = _probes([*calibration, *check][:4], shortest)
+    plain = graph.convert(deploy(student, variables), outputs, shortest)
     fp32, passes = graph.simplify(plain, probes)
     refused = [name for name, change in passes.items() if change > graph.PASS_LIMIT]
     if refused:
@@ -91,7 +92,7 @@ def export_student(
     files = {FP32: _finished(fp32, {**facts, "kind": "fp32"})}
     if calibration:
         say("int8: converting")
-        blocked, _ = graph.simplify(graph.convert(deploy(student, variables, INT8_BLOCK), outputs, student.n_fft), probes)
+        blocked, _ = graph.simplify(graph.convert(deploy(student, variables, INT8_BLOCK), outputs, shortest), probes)
         int8, choice = quantize(blocked, calibration, say)
         judged = _judge(int8, fp32, check, config["dimensions"], min_int8_ccc)
         files[INT8] = _finished(int8, {**facts, "kind": "int8"})
@@ -148,16 +149,16 @@ def _checked(wave: np.ndarray, name: str, minimum: int) -> np.ndarray:
     return wave.astype(np.float32)
 
 
-def _probes(waves: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _probes(waves: Sequence[np.ndarray], shortest: int) -> list[np.ndarray]:
     """What graph passes are judged on: the given audio, noise of several lengths, and silence."""
     generator = np.random.default_rng(1)
-    noise = [generator.normal(size=length).astype(np.float32) for length in (1021, 16_000, 31_991)]
-    return [*waves, *noise, np.zeros(5000, np.float32)]
+    noise = [generator.normal(size=max(length, shortest)).astype(np.float32) for length in (1021, 16_000, 31_991)]
+    return [*waves, *noise, np.zeros(max(5000, shortest), np.float32)]
 
 
 def _parity(model, student, variables: dict, waves: Sequence[np.ndarray], say: Callable[[str], object]) -> dict:
     """Compare the ONNX model with the module that was trained, on noise, silence and the given audio, at every length."""
-    shortest = student.n_fft
+    shortest = student.minimum_samples
     lengths = sorted({shortest, shortest + 1, shortest + student.hop, *(n for n in PARITY_LENGTHS if n > shortest)})
     longest = lengths[-1]
     signals = {
@@ -204,7 +205,7 @@ def _facts(student, config: dict) -> dict[str, str]:
         "fields": json.dumps(config["fields"]),
         "dimensions": ",".join(config["dimensions"]),
         "sampling_rate": str(config["sampling_rate"]),
-        "minimum_samples": str(student.n_fft),
+        "minimum_samples": str(student.minimum_samples),
         "parameters": str(sum(models.count(student).values())),
         "teacher": teacher["name"],
         "teacher_fingerprint": teacher["fingerprint"],
