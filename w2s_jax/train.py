@@ -304,7 +304,13 @@ class _Run:
         write_json(path, about)
 
     def initial(self) -> State:
-        variables = self.student.init(jax.random.key(self.config.seed), jnp.zeros((1, int(self.batches.lengths[0]))))
+        heard = int(self.config.crop * min(self.batches.lengths))
+        if heard < self.student.minimum_samples:
+            needed = f"{self.config.student} needs {self.student.minimum_samples}"
+            raise UsageError(f"a step hears {heard} samples of the shortest views; {needed}: draw longer views, or set crop=1")
+        # compiled: most of an eager init goes into a forward pass that nobody reads
+        init = jax.jit(self.student.init)
+        variables = init(jax.random.key(self.config.seed), jnp.zeros((1, int(self.batches.lengths[0]))))
         self.frontend = variables["frontend"]
         return initial_state(variables, self.optimizer)
 

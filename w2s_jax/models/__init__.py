@@ -15,12 +15,20 @@ except ImportError as error:
 
 from w2s_jax import SAMPLING_RATE
 from w2s_jax.artifacts import UsageError
+from w2s_jax.models.cnn14 import CNN14
+from w2s_jax.models.mobilenet import MobileNetV3L, MobileNetV3S, MobileNetV4L, MobileNetV4M, MobileNetV4S
 from w2s_jax.models.wav2small import Wav2Small, Wav2Small17K
 
 #: Name → module class. ``build`` makes one; a new student is one more line here.
 STUDENTS: dict[str, type[nn.Module]] = {
     "wav2small": Wav2Small,
     "wav2small_17k": Wav2Small17K,
+    "mobilenet_v3_s": MobileNetV3S,
+    "mobilenet_v3_l": MobileNetV3L,
+    "mobilenet_v4_s": MobileNetV4S,
+    "mobilenet_v4_m": MobileNetV4M,
+    "mobilenet_v4_l": MobileNetV4L,
+    "cnn14": CNN14,
 }
 
 

@@ -139,6 +139,11 @@ class Wav2Small(nn.Module):
     n_mels: int = 26
     axis_name: str | None = None
 
+    @property
+    def minimum_samples(self) -> int:
+        """The shortest input: one frame."""
+        return self.n_fft
+
     @nn.compact
     def __call__(self, wave: Array, train: bool = False) -> Array:
         image = LogMel(self.n_fft, self.hop, self.n_mels, name="logmel")(normalise(wave))
@@ -163,6 +168,11 @@ class Wav2Small17K(nn.Module):
     hop: int = 32
     n_mels: int = 26
     axis_name: str | None = None
+
+    @property
+    def minimum_samples(self) -> int:
+        """The shortest input: one frame."""
+        return self.n_fft
 
     @nn.compact
     def __call__(self, wave: Array, train: bool = False) -> Array:

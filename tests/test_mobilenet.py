@@ -1,0 +1,253 @@
+"""MobileNet trunks against timm with the same weights, their counts, their training step, and the reading of timm's files."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import voice
+from golden.mobilenet import SEEDS, SIZES, image, weights
+from safetensors.numpy import save_file
+
+from w2s_jax.artifacts import MismatchError, UsageError, W2SError
+from w2s_jax.convert import TIMM, load_timm, timm_trunk
+from w2s_jax.export import onnx
+from w2s_jax.models.frontend import LogMel
+from w2s_jax.models.mobilenet import (
+    BatchNorm,
+    MobileNetV3L,
+    MobileNetV3S,
+    MobileNetV4L,
+    MobileNetV4M,
+    MobileNetV4S,
+    Trunk,
+    hard_swish,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "mobilenet.npz"
+SMALL = "mobilenetv3_small_050"
+#: What is compared in every run; the scaled ones and the largest, 120 MB of weights, are marked slow.
+SMALLER = ("mobilenetv3_small_100", "mobilenetv4_conv_small")
+LARGER = ("mobilenetv3_large_100", "mobilenetv4_conv_medium")
+#: Nearly all of the time goes into compiling, which XLA can do carelessly.
+careless = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(GOLDEN)
+
+
+def state_of(golden, name: str) -> dict[str, np.ndarray]:
+    """The state dict with which timm computed the golden file's features."""
+    return weights(json.loads(str(golden[f"keys/{name}"])), SEEDS[name])
+
+
+def size(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def trunk_shapes(*fields) -> dict:
+    return jax.eval_shape(Trunk(*fields).init, jax.random.key(0), jnp.zeros((1, 64, 26, 1)))
+
+
+@pytest.mark.parametrize(
+    ("student", "trunk", "total"),
+    # trunks: timm 1.0.31's with in_chans=1 and without head. Totals: with C channels out of the trunk, 2 · (C² + C) of the
+    # pooling, 3 · C + 3 of the output and 5,082 of Wav2Small's front end on top. The paper says 3.12M of V4-S
+    [
+        (MobileNetV3S, 926_720, 1_598_237),
+        (MobileNetV3L, 2_971_664, 4_824_749),
+        (MobileNetV4S, 1_261_088, 3_114_173),
+        (MobileNetV4M, 7_202_576, 9_055_661),
+        (MobileNetV4L, 30_078_072, 31_931_157),
+    ],
+)
+def test_counts_are_timms_and_the_papers(student, trunk, total):
+    # n_fft samples, which are one frame, are the fewest
+    logits, shapes = jax.eval_shape(student(dimensions=3).init_with_output, jax.random.key(0), jnp.zeros((2, 64)))
+    assert logits.shape == (2, 3)
+    assert set(shapes) == {"params", "batch_stats", "frontend"}
+    assert size(shapes["params"]["trunk"]) == trunk
+    assert size(shapes["frontend"]) == 5_082
+    assert size(shapes["params"]) + size(shapes["frontend"]) == total
+
+
+@pytest.mark.parametrize(
+    ("student", "width", "trunk"),
+    # timm 1.0.31's, as above: mobilenetv3_small_050, mobilenetv3_large_075, mobilenetv4_conv_small_035, and what its
+    # generator of mobilenetv4_conv_medium makes with channel_multiplier=0.5
+    [
+        (MobileNetV3S, 0.5, 272_000),
+        (MobileNetV3L, 0.75, 1_789_360),
+        (MobileNetV4S, 0.35, 191_168),
+        (MobileNetV4M, 0.5, 1_904_952),
+    ],
+)
+def test_width_counts_are_timms(student, width, trunk):
+    assert size(trunk_shapes(student.architecture, width)["params"]) == trunk
+
+
+def compare(golden, name: str, sizes) -> None:
+    variables = timm_trunk(name, state_of(golden, name))
+    apply = careless(Trunk(*TIMM[name]).apply)
+    for frames, mels in sizes:
+        features = apply(variables, image(frames, mels)[None, :, :, None])
+        expected = golden[f"features/{name}/{frames}x{mels}"]
+        np.testing.assert_allclose(features[0], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_features_are_timms(golden, name):
+    compare(golden, name, SIZES[:2])
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_features_are_timms_one_size(golden, name):
+    compare(golden, name, SIZES[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEEDS)
+def test_features_are_timms_all_sizes(golden, name):
+    compare(golden, name, SIZES)
+
+
+def draw(student, waves: np.ndarray) -> dict:
+    """Variables of a student, by numpy: to compile the random numbers of ``init`` takes longer than all else."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf) -> np.ndarray:
+        if path[-1].key == "kernel":
+            value = rng.standard_normal(leaf.shape) * math.sqrt(1.4 / math.prod(leaf.shape[:-1]))
+        elif path[-1].key in ("scale", "var"):
+            value = rng.uniform(0.7, 1.3, leaf.shape)
+        else:
+            value = 0.3 * rng.standard_normal(leaf.shape)
+        return value.astype(np.float32)
+
+    shapes = jax.eval_shape(student.init, jax.random.key(0), waves)
+    variables = {part: jax.tree_util.tree_map_with_path(fill, shapes[part]) for part in ("params", "batch_stats")}
+    return {**variables, "frontend": {"logmel": LogMel().init(jax.random.key(0), waves)["frontend"]}}
+
+
+@pytest.mark.parametrize("student", [MobileNetV3S, MobileNetV4S])
+def test_step_changes_everything(student):
+    student = student(dimensions=2, width=0.5)
+    waves = np.stack([voice(0.4, 1), voice(0.4, 2)])
+    variables = draw(student, waves)
+
+    @careless
+    def step(variables, waves):
+        def loss(params):
+            logits, changed = student.apply({**variables, "params": params}, waves, train=True, mutable=["batch_stats"])
+            return jnp.mean((logits - 0.5) ** 2), (logits, changed)
+
+        (value, (logits, changed)), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        params = jax.tree.map(lambda param, slope: param - 0.1 * slope, variables["params"], gradient)
+        return value, logits, {"params": params, **changed}
+
+    value, logits, after = step(variables, waves)
+    assert logits.shape == (2, 2)
+    assert np.isfinite(value)
+    for part in ("params", "batch_stats"):
+        assert jax.tree.structure(after[part]) == jax.tree.structure(variables[part])
+        news = jax.tree.leaves(after[part])
+        for (path, old), new in zip(jax.tree.leaves_with_path(variables[part]), news, strict=True):
+            assert np.isfinite(new).all(), path
+            # a block's last shift may come out again in the next BatchNorm, and then has no gradient
+            if [key.key for key in path[-3:]] != ["project", "norm", "bias"]:
+                assert not np.array_equal(old, new), path
+
+
+def test_batchnorm_moments_are_stable_and_global():
+    # a small spread around a large mean, two devices with different data: numpy in float64 says what is right
+    rng = np.random.default_rng(0)
+    x = (-4000 + 0.25 * rng.standard_normal((2, 3, 5, 4, 2)) + [[[[[0]]]], [[[[1]]]]]).astype(np.float32)
+    norm = BatchNorm("batch")
+    variables = BatchNorm().init(jax.random.key(0), x[0], True)
+
+    def apply(x):
+        return norm.apply(variables, x, True, mutable=["batch_stats"])
+
+    y, changed = jax.vmap(apply, axis_name="batch")(x)
+    exact = x.astype(np.float64)
+    mean, var = exact.mean(axis=(0, 1, 2, 3)), exact.var(axis=(0, 1, 2, 3))
+    np.testing.assert_allclose(y, (exact - mean) / np.sqrt(var + 1e-5), atol=5e-3)  # float32 at -4000 has steps of 2.4e-4
+    np.testing.assert_allclose(changed["batch_stats"]["mean"], [0.1 * mean] * 2, rtol=1e-5)
+    np.testing.assert_allclose(changed["batch_stats"]["var"], [0.9 + 0.1 * var] * 2, rtol=1e-4)
+
+
+def test_hard_swish_is_the_papers():
+    x = np.linspace(-5, 5, 41, dtype=np.float32)
+    np.testing.assert_allclose(hard_swish(x), x * np.clip(x + 3, 0, 6) / 6, atol=1e-6)  # arXiv 1905.02244, section 5.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", [MobileNetV3S, MobileNetV4S])
+def test_export(student):
+    pytest.importorskip("tf2onnx")
+    student = student()
+    waves = [voice(1, 1)[:64], voice(1, 2), voice(5, 3)]
+    variables = draw(student, waves[0][None])
+    model = onnx.convert(lambda wave: student.apply(variables, wave), 3, 64)
+    apply = careless(student.apply)
+    for wave in waves:
+        expected = apply(variables, wave[None])
+        np.testing.assert_allclose(onnx.run(model, [wave]), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_timm_extras_are_left_out_and_stems_fold(golden, tmp_path):
+    state = state_of(golden, SMALL)
+    plain = timm_trunk(SMALL, state)
+    three = {
+        **state,
+        "conv_stem.weight": np.repeat(state["conv_stem.weight"] / 3, 3, axis=1),
+        "bn1.num_batches_tracked": np.array(7),
+        "classifier.weight": np.full((10, 4), np.nan, np.float32),
+        "conv_head.bias": np.zeros(4, np.float32),
+        "norm_head.running_mean": np.zeros(4, np.float32),
+    }
+    save_file(three, tmp_path / "model.safetensors")
+    folded = load_timm(tmp_path / "model.safetensors", SMALL, fold_stem=True)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), folded, plain)
+    with pytest.raises(MismatchError, match=r"1 differences: ! conv_stem.weight: .*fold_stem=True"):
+        timm_trunk(SMALL, three)
+
+
+def test_timm_differences_are_all_listed(golden):
+    state = state_of(golden, SMALL)
+    del state["blocks.1.0.bn2.running_var"]
+    state["blocks.9.0.conv.weight"] = np.zeros((1, 1, 1, 1), np.float32)
+    state["bn1.weight"] = np.zeros(3, np.float32)
+    state["blocks.0.0.se.conv_reduce.bias"][0] = np.nan
+    with pytest.raises(MismatchError) as error:
+        timm_trunk(SMALL, state)
+    for fault in (
+        "4 differences",
+        "- blocks.1.0.bn2.running_var (40,)",
+        "+ blocks.9.0.conv.weight (1, 1, 1, 1)",
+        "! bn1.weight: (3,), expected (16,)",
+        "! blocks.0.0.se.conv_reduce.bias: not finite",
+    ):
+        assert fault in str(error.value)
+    with pytest.raises(UsageError, match="mobilenetv4_conv_medium"):
+        timm_trunk("mobilenetv5", state)
+
+
+def test_files_that_are_no_safetensors(tmp_path):
+    for name, head in (("zip.bin", b"PK\x03\x04"), ("old.pt", b"\x80\x02}q")):
+        (tmp_path / name).write_bytes(head + bytes(100))
+        with pytest.raises(UsageError, match="pickle"):
+            load_timm(tmp_path / name, SMALL)
+    (tmp_path / "cut").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(W2SError, match="damaged"):
+        load_timm(tmp_path / "cut", SMALL)
+    with pytest.raises(UsageError, match="No such file"):
+        load_timm(tmp_path / "none", SMALL)

@@ -1,0 +1,49 @@
+"""CNN14 of PANNs (Kong et al. 2020, arXiv 1912.10211), the paper's conventional baseline: large and plain."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import flax.linen as nn
+from jax import Array
+
+from w2s_jax.models.frontend import LogMel, normalise
+
+
+class CNN14(nn.Module):
+    """CNN14: float32 16 kHz waveforms [B, T], T ≥ ``minimum_samples`` → logits [B, dimensions].
+
+    Six blocks of two 3×3 convolutions, an average pool after each of the first five, the mean over mel bands, maximum plus mean
+    over time, a dense layer and the output. With 527 outputs it has the 80,753,615 parameters of the published one; 79,679,939
+    with three. The front end is that of the published 16 kHz variant, except that utterances are normalised as in every
+    student here. Dropout is left out: a student of a teacher's outputs sees new mixtures all the time.
+    """
+
+    dimensions: int = 3
+    channels: int = 64
+    n_fft: int = 512
+    hop: int = 160
+    n_mels: int = 64
+    axis_name: str | None = None
+
+    @property
+    def minimum_samples(self) -> int:
+        """The shortest input: five pools halve the frames, and one has to be left."""
+        return self.n_fft + 31 * self.hop
+
+    @nn.compact
+    def __call__(self, wave: Array, train: bool = False) -> Array:
+        norm = partial(nn.BatchNorm, not train, axis_name=self.axis_name, momentum=0.9, use_fast_variance=False)
+        image = LogMel(self.n_fft, self.hop, self.n_mels, name="logmel")(normalise(wave))
+        x = norm(name="norm")(image)[..., None]  # per mel band
+        for block in range(6):
+            for layer in (1, 2):
+                convolution = nn.Conv(
+                    self.channels << block, (3, 3), padding=1, use_bias=False, name=f"conv{block + 1}_{layer}"
+                )
+                x = nn.relu(norm(name=f"norm{block + 1}_{layer}")(convolution(x)))
+            if block < 5:
+                x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = x.mean(axis=2)
+        x = x.max(axis=1) + x.mean(axis=1)
+        return nn.Dense(self.dimensions, name="adv")(nn.relu(nn.Dense(x.shape[-1], name="dense")(x)))
