@@ -450,7 +450,7 @@ def train(
 def evaluate(
     bank_path: Annotated[Path, typer.Option("--bank")],
     path: Annotated[
-        Path | None, typer.Argument(metavar="[RUN|MODEL]", help="A run, a student, a model directory or an .onnx file.")
+        Path | None, typer.Argument(metavar="RUN|MODEL", help="A run, a student, a model directory or an .onnx file.")
     ] = None,
     views_path: Annotated[Path | None, typer.Option("--views", show_default="clean views drawn from the bank")] = None,
     labels_path: Annotated[Path | None, typer.Option("--labels", show_default="people's ratings only")] = None,
@@ -467,7 +467,7 @@ def evaluate(
     normalisation: Normalised = None,
     revision: Revision = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Clips that a teacher hears at once.", show_default="16")
+        int | None, typer.Option(min=1, help="Clips that each device hears at once.", show_default="8")
     ] = None,
     as_json: Json = False,
 ) -> None:

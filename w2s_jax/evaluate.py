@@ -20,7 +20,7 @@ from w2s_jax.views import Views, draw
 
 _BATCH = 32
 
-#: Samples below which a clip is not a clip: 50 ms, what the shortest-sighted teacher needs.
+#: A teacher is not asked about clips of fewer samples: 50 ms, above what every teacher needs.
 SHORTEST = 800
 
 
@@ -173,7 +173,8 @@ def evaluate_teacher(
         progress: called with (clips done, clips in all).
 
     Returns:
-        ``{"teacher", "split", "clips", "cut", "human": {dimension: {"ccc", "low", "high"}, "mean": …}}``
+        ``{"teacher", "split", "clips", "cut", "human": {dimension: {"ccc", "low", "high"}, "mean": …}}``; rated clips below
+        50 ms are not in it.
 
     Raises:
         UsageError: the split has no ratings of the teacher's dimensions.

@@ -29,9 +29,9 @@ NEURAL = ("paper", "wavlm", "wav2vec2")
 class Teacher(Protocol):
     """What labels views.
 
-    A teacher that is made of others also has ``members`` (teachers) and ``each`` (waves → a list of what every one says);
-    one with published weights has ``about`` (a dict for provenance), ``parameters``, ``devices`` (how many share a batch),
-    ``golden`` and ``doubt`` (see ``neural.NeuralTeacher``).
+    A teacher that is made of others also has ``members`` (teachers), ``each`` (waves → a list of what every one says) and
+    ``mean`` (that list → what the whole says); one with published weights has ``about`` (a dict for provenance),
+    ``parameters``, ``devices`` (how many share a batch), ``golden`` and ``doubt`` (see ``neural.NeuralTeacher``).
 
     Attributes:
         name: as given to ``load``, without a path.
@@ -131,7 +131,7 @@ def hear(teacher: Teacher, waves: np.ndarray) -> list:
     if not getattr(teacher, "members", ()):
         return [teacher(waves)]
     each = teacher.each(waves)
-    return [sum(each) / len(each), *each]
+    return [teacher.mean(each), *each]
 
 
 def provenance(teacher: Teacher) -> dict:

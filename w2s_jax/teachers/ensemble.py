@@ -29,5 +29,9 @@ class Ensemble:
         """What every member says of float32 [B, T]: a list of [B, D]; see ``NeuralTeacher``."""
         return [member(waves, lengths) for member in self.members]
 
+    def mean(self, each: list):
+        """What the ensemble says, [B, D], from what ``each`` gave."""
+        return sum(each) / len(each)
+
     def __call__(self, waves: np.ndarray, lengths: np.ndarray | None = None):
-        return sum(self.each(waves, lengths)) / len(self.members)
+        return self.mean(self.each(waves, lengths))
