@@ -1,8 +1,8 @@
 """How long a training step takes on this machine, alone and inside a scan.
 
-    python experiments/step_time.py [--batch 16] [--seconds 3] [--scan 2] [--peer torch_wav2small.py]
+    python experiments/step_time.py [STUDENT...] [--batch 16] [--seconds 3] [--scan 2] [--peer torch_wav2small.py]
 
-With ``--peer`` (a file with ``Wav2Small`` and ``ccc_loss``; needs torch), its eager step with Adam is timed in turn with ours,
+Several students are timed in turn, which gives the steps that each gets from one budget of seconds. With ``--peer`` (a file with ``Wav2Small`` and ``ccc_loss``; needs torch), its eager step with Adam is timed in turn with ours,
 in this process, and the ratio of the medians is printed. Results: experiments/README.md.
 """
 
@@ -24,10 +24,10 @@ from w2s_jax import SAMPLING_RATE, models
 from w2s_jax.train import initial_state, scan_steps, train_step
 
 
-def ours(waves: np.ndarray, targets: np.ndarray, length: int):
-    """A function that runs one dispatch of ``length`` steps of Wav2Small with AdamW on the same batch, and waits for it."""
-    student = models.build("wav2small")
-    variables = student.init(jax.random.key(0), waves[:1])
+def ours(name: str, waves: np.ndarray, targets: np.ndarray, length: int):
+    """A function that runs one dispatch of ``length`` steps of a student with AdamW on the same batch, and waits for it."""
+    student = models.build(name)
+    variables = jax.jit(student.init)(jax.random.key(0), waves[:1])
     optimizer = optax.adamw(1e-3)
     step = partial(train_step, student=student, frontend=variables["frontend"], optimizer=optimizer, l2=0.1, ema=0.98)
     run = jax.jit(lambda state, batches: scan_steps(step, state, batches))
@@ -57,6 +57,7 @@ def theirs(path: Path, waves: np.ndarray, targets: np.ndarray):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("students", nargs="*", default=["wav2small"], metavar="STUDENT")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--runs", type=int, default=7)
@@ -66,9 +67,10 @@ def main() -> None:
     rng = np.random.default_rng(0)
     waves = rng.standard_normal((arguments.batch, round(arguments.seconds * SAMPLING_RATE))).astype(np.float32)
     targets = rng.standard_normal((arguments.batch, 3)).astype(np.float32)
-    contestants = {"step": (ours(waves, targets, 1), 1)}
+    contestants = {name: (ours(name, waves, targets, 1), 1) for name in arguments.students}
+    first = arguments.students[0]
     if arguments.scan > 1:
-        contestants["scan"] = (ours(waves, targets, arguments.scan), arguments.scan)
+        contestants["scan"] = (ours(first, waves, targets, arguments.scan), arguments.scan)
     if arguments.peer:
         contestants["peer"] = (theirs(arguments.peer, waves, targets), 1)
     times = {name: [] for name in contestants}
@@ -80,7 +82,7 @@ def main() -> None:
             run()
             times[name].append((time.perf_counter() - began) / steps)
     medians = {name: round(float(np.median(values)), 3) for name, values in times.items()}
-    ratios = {f"step/{name}": round(medians["step"] / medians[name], 2) for name in medians if name != "step"}
+    ratios = {f"{first}/{name}": round(medians[first] / medians[name], 2) for name in medians if name != first}
     print(json.dumps({"batch": arguments.batch, "seconds": arguments.seconds, "seconds_per_step": medians, **ratios}))
 
 

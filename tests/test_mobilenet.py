@@ -170,7 +170,7 @@ def test_batchnorm_moments_are_stable_and_global():
     # a small spread around a large mean, two devices with different data: numpy in float64 says what is right
     rng = np.random.default_rng(0)
     x = (-4000 + 0.25 * rng.standard_normal((2, 3, 5, 4, 2)) + [[[[[0]]]], [[[[1]]]]]).astype(np.float32)
-    norm = BatchNorm("batch")
+    norm = BatchNorm(axis_name="batch")
     variables = BatchNorm().init(jax.random.key(0), x[0], True)
 
     def apply(x):

@@ -16,7 +16,8 @@ from w2s_jax.artifacts import UsageError, W2SError, missing_extra
 #: Names of the only input and output.
 SIGNAL, LOGITS = "signal", "logits"
 OPSET = 17
-#: What a graph pass may change in an output. Reordered float32 sums differ by less, a wrong rewrite by much more.
+#: What a graph pass may change in an output, or of the largest output if that is above 1. Reordered float32 sums differ by less,
+#: a wrong rewrite by much more.
 PASS_LIMIT = 2e-5
 
 
@@ -94,6 +95,7 @@ def simplify(model, waves: Sequence[np.ndarray]):
         and shows in the dict with its change.
     """
     before = run(model, waves)
+    largest = max(1.0, float(np.abs(before).max()))
     changes = {}
     for rewrite in (
         settle_shapes,
@@ -102,12 +104,14 @@ def simplify(model, waves: Sequence[np.ndarray]):
         scale_into_conv,
         bias_into_conv,
         padding_into_pool,
+        hard_sigmoid,
+        average_pool,
         drop_dead,
     ):
         candidate = type(model)()
         candidate.CopyFrom(model)
         rewrite(candidate)
-        changes[rewrite.__name__] = change = float(np.abs(run(candidate, waves) - before).max())
+        changes[rewrite.__name__] = change = float(np.abs(run(candidate, waves) - before).max() / largest)
         if change <= PASS_LIMIT:
             model = candidate
     return model, changes
@@ -220,6 +224,54 @@ def padding_into_pool(model) -> None:
             del node.attribute[:]
             node.attribute.extend([*kept, onnx.helper.make_attribute("pads", pads[2:4] + pads[6:8])])
             node.input[0] = pad.input[0]
+
+
+def hard_sigmoid(model) -> None:
+    """Min(Relu(x + 3), 6) / 6 → HardSigmoid(x), one operator instead of four."""
+    import onnx
+
+    constants = _constants(model)
+    producers = {output: node for node in model.graph.node for output in node.output}
+
+    def before(node, op_type: str, value: float):
+        """The operand of a node of that type whose other operand is the constant ``value``."""
+        if node is None or node.op_type != op_type:
+            return None
+        x, constant = node.input if node.input[1] in constants else reversed(node.input)
+        if constant not in constants or constants[constant].size != 1 or not np.isclose(constants[constant].item(), value):
+            return None
+        return x
+
+    for node in model.graph.node:
+        relu = producers.get(before(producers.get(before(node, "Mul", 1 / 6)), "Min", 6))
+        x = before(producers.get(relu.input[0]), "Add", 3) if relu is not None and relu.op_type == "Relu" else None
+        if x is not None:
+            node.op_type = "HardSigmoid"
+            node.input[:] = [x]
+            node.attribute.extend([onnx.helper.make_attribute("alpha", 1 / 6), onnx.helper.make_attribute("beta", 0.5)])
+
+
+def average_pool(model) -> None:
+    """The sum of an image over its places, divided by their counted number → GlobalAveragePool."""
+    constants = _constants(model)
+    producers = {output: node for node in model.graph.node for output in node.output}
+
+    def summed(name: str) -> str | None:
+        """What a Reshape(ReduceSum(·, mel and time)) adds up."""
+        reshape = producers.get(name)
+        add_up = producers.get(reshape.input[0]) if reshape is not None and reshape.op_type == "Reshape" else None
+        if add_up is None or add_up.op_type != "ReduceSum" or sorted(constants.get(add_up.input[1], ())) != [2, 3]:
+            return None
+        return add_up.input[0]
+
+    for node in model.graph.node:
+        if node.op_type == "Div":
+            x, one = (summed(name) for name in node.input)
+            plus = producers.get(one)
+            times = [producers.get(name) for name in plus.input] if plus is not None and plus.op_type == "Add" else []
+            if x is not None and any(zero is not None and zero.op_type == "Mul" and x in zero.input for zero in times):
+                node.op_type = "GlobalAveragePool"
+                node.input[:] = [x]
 
 
 def drop_dead(model) -> None:

@@ -7,16 +7,19 @@ it is that of timm 1.0, so that its published weights fit (``w2s_jax.convert``);
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.nn import hard_sigmoid, hard_swish, relu
 
 from w2s_jax.models.frontend import LogMel, normalise
+from w2s_jax.models.norm import BatchNorm
 from w2s_jax.models.pooling import AttentionPooling
 
 Activation = Callable[[Array], Array]
@@ -272,41 +275,90 @@ def rounded(channels: float) -> int:
     return nearest + 8 if nearest < 0.9 * channels else nearest
 
 
-class BatchNorm(nn.Module):
-    """BatchNorm of an image [B, time, mel, C] with the parameters and statistics of ``nn.BatchNorm``.
+class Convolution(nn.Module):
+    """Convolution without bias, as many zeros on both ends: [B, time, mel, C] → [B, ⌈time/stride⌉, ⌈mel/stride⌉, channels].
 
-    Momentum and epsilon are PyTorch's defaults, as in timm. The variance is the mean square of what is left after the mean is
-    taken off: a log-mel image is around -40 dB, where a mean of squares less a squared mean loses digits. Under a pmap with
-    ``axis_name`` the moments are those of the whole global batch.
+    Its kernel is [k, k, C, channels], and [k, k, 1, C] if ``depthwise``. How it is computed depends on the backend: XLA has
+    slow convolutions on a CPU, above all their gradients (measured: experiments/README.md).
     """
 
-    axis_name: str | None = None
+    channels: int
+    kernel: int = 1
+    stride: int = 1
+    depthwise: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        if not train:
-            # one factor and one shift per channel: onnxruntime merges them into the convolution before
-            factor = scale * lax.rsqrt(running_var.value + 1e-5)
-            return x * factor + (bias - running_mean.value * factor)
+    def __call__(self, x: Array) -> Array:
+        size, stride, inputs = self.kernel, self.stride, x.shape[-1]
+        # He's by fan-out; each output of a depthwise convolution goes to kernel² places, which is its kernel's fan-in
+        initial = nn.initializers.variance_scaling(2.0, "fan_in" if self.depthwise else "fan_out", "normal")
+        kernel = self.param("kernel", initial, (size, size, 1 if self.depthwise else inputs, self.channels))
+        if size == stride == 1:
+            return _dense(x, kernel[0, 0])
+        if jax.default_backend() == "cpu":
+            if self.depthwise:
+                return shifted_products(x, kernel, stride)
+            patches = jnp.concatenate([part for _, part in _shifts(_padded(x, size), size, stride)], axis=-1)
+            return _dense(patches, kernel.reshape(size * size * inputs, self.channels))
+        pad = (size - 1) // 2  # not "SAME", which would pad less before than after
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            ((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=inputs if self.depthwise else 1,
+        )
 
-        mean = self._global_mean(x)
-        centred = x - mean
-        var = self._global_mean(centred * centred)
-        if not self.is_initializing():
-            running_mean.value = 0.9 * running_mean.value + 0.1 * mean
-            running_var.value = 0.9 * running_var.value + 0.1 * var
-        return centred * (scale * lax.rsqrt(var + 1e-5)) + bias
 
-    def _global_mean(self, x: Array) -> Array:
-        mean = x.mean(axis=(0, 1, 2))
-        if self.axis_name is not None and not self.is_initializing():
-            mean = lax.pmean(mean, self.axis_name)
-        return mean
+def _dense(x: Array, kernel: Array) -> Array:
+    """[B, time, mel, C] times [C, channels], as one plain matrix product: XLA's CPU backend is slow at those of more axes."""
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def shifted_products(x: Array, kernel: Array, stride: int) -> Array:
+    """The depthwise convolution of [B, time, mel, C] with [k, k, 1, C], as a sum of k² shifted products.
+
+    XLA fuses them into one loop over long rows. On a CPU, its own depthwise convolution costs 20 to 90 times as much
+    (measured: experiments/README.md).
+    """
+    size = len(kernel)
+    return sum(kernel[i, j, 0] * part for (i, j), part in _shifts(_padded(x, size), size, stride))
+
+
+def _padded(x: Array, size: int) -> Array:
+    return jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
+
+
+def _shifts(x: Array, size: int, stride: int) -> Iterator[tuple[tuple[int, int], Array]]:
+    """What each place (i, j) of a kernel sees of a padded image [B, time, mel, C]."""
+    batch, time, mel, channels = x.shape
+    for i in range(size):
+        for j in range(size):
+            stop = batch, time - size + 1 + i, mel - size + 1 + j, channels
+            yield (i, j), lax.slice(x, (0, i, j, 0), stop, (1, stride, stride, 1))
+
+
+def _shifted_products_forward(x: Array, kernel: Array, stride: int):
+    return shifted_products(x, kernel, stride), (x, kernel)
+
+
+def _shifted_products_backward(stride: int, kept, g: Array):
+    x, kernel = kept
+    size = len(kernel)
+    # in two steps: XLA's loops add whole images fast, but not down to a few channels at once; the barrier keeps them apart
+    parts = _shifts(_padded(x, size), size, stride)
+    sums = [lax.optimization_barrier((g * part).sum(axis=0)).sum(axis=(0, 1)) for _, part in parts]
+    # for x the same sum with the kernel turned round, over g with zeros where the stride left places out
+    low = size // 2
+    edges = [(0, 0, 0), *((low, x.shape[a] + low - (g.shape[a] - 1) * stride - 1, stride - 1) for a in (1, 2)), (0, 0, 0)]
+    spread = lax.pad(g, jnp.zeros((), g.dtype), edges)
+    dx = sum(kernel[size - 1 - i, size - 1 - j, 0] * part for (i, j), part in _shifts(spread, size, 1))
+    return dx, jnp.stack(sums).reshape(kernel.shape)
+
+
+shifted_products.defvjp(_shifted_products_forward, _shifted_products_backward)
 
 
 class ConvNorm(nn.Module):
@@ -321,20 +373,9 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        pad = (self.kernel - 1) // 2  # the same on both ends, as in PyTorch: "SAME" would pad less before than after
-        x = nn.Conv(
-            self.channels,
-            (self.kernel, self.kernel),
-            strides=self.stride,
-            padding=((pad, pad), (pad, pad)),
-            feature_group_count=x.shape[-1] if self.depthwise else 1,
-            use_bias=False,
-            # He's by fan-out; each output of a depthwise convolution goes to kernel² places, which is its kernel's fan-in
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_in" if self.depthwise else "fan_out", "normal"),
-            name="conv",
-        )(x)
-        x = BatchNorm(self.axis_name, name="norm")(x, train)
-        return x if self.activation is None else self.activation(x)
+        x = Convolution(self.channels, self.kernel, self.stride, self.depthwise, name="conv")(x)
+        x = BatchNorm(self.activation is relu, self.axis_name, name="norm")(x, train)
+        return x if self.activation in (None, relu) else self.activation(x)
 
 
 class SqueezeExcite(nn.Module):

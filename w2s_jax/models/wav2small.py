@@ -6,79 +6,12 @@ Sizes and layer order follow the paper's public text and audEERING's public mode
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from w2s_jax.models.frontend import LogMel, normalise
+from w2s_jax.models.norm import BatchNorm
 from w2s_jax.models.pooling import AttentionPooling
-
-
-@jax.custom_vjp
-def channel_sum(x: Array) -> Array:
-    """Sum over all axes but the last: [B, time, mel, C] → [C].
-
-    On CPUs, XLA's own reduction to a few channels costs more than a convolution does; as a product with ones it is half as
-    long (measured: experiments/README.md). Accelerators reduce well.
-    """
-    if jax.default_backend() != "cpu":
-        return x.sum(axis=(0, 1, 2))
-    rows = x.reshape(-1, x.shape[2] * x.shape[3])
-    total = lax.dot(jnp.ones((1, rows.shape[0]), x.dtype), rows, precision=lax.Precision.HIGHEST)
-    return total.reshape(x.shape[2:]).sum(axis=0)
-
-
-channel_sum.defvjp(lambda x: (channel_sum(x), x), lambda x, g: (jnp.broadcast_to(g, x.shape),))
-
-
-@jax.custom_vjp
-def scale_shift_relu(x: Array, scale: Array, shift: Array) -> Array:
-    """``max(x · scale + shift, 0)`` of [B, time, mel, C], [C], [C]; its gradients reduce with ``channel_sum``."""
-    return jnp.maximum(x * scale + shift, 0)
-
-
-def _scale_shift_relu_forward(x: Array, scale: Array, shift: Array):
-    y = scale_shift_relu(x, scale, shift)
-    return y, (x, scale, y)
-
-
-def _scale_shift_relu_backward(kept, g: Array):
-    x, scale, y = kept
-    g = jnp.where(y > 0, g, 0)
-    return g * scale, channel_sum(g * x), channel_sum(g)
-
-
-scale_shift_relu.defvjp(_scale_shift_relu_forward, _scale_shift_relu_backward)
-
-
-class BatchNormRelu(nn.Module):
-    """BatchNorm and ReLU of an image [B, time, mel, C], with the parameters and statistics of ``nn.BatchNorm``.
-
-    Momentum and epsilon are PyTorch's defaults (its 0.1 is 0.9 here), which the published students used. Under a pmap with
-    ``axis_name`` the moments are those of the whole global batch.
-    """
-
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        mean, var = running_mean.value, running_var.value
-        if train:
-            count = x.size // channels
-            moments = jnp.stack([channel_sum(x), channel_sum(x * x)]) / count
-            if self.axis_name is not None and not self.is_initializing():
-                moments = lax.pmean(moments, self.axis_name)
-            mean, var = moments[0], jnp.maximum(moments[1] - moments[0] ** 2, 0)
-            if not self.is_initializing():
-                running_mean.value = 0.9 * running_mean.value + 0.1 * mean
-                running_var.value = 0.9 * running_var.value + 0.1 * var
-        factor = scale * lax.rsqrt(var + 1e-5)
-        return scale_shift_relu(x, factor, bias - mean * factor)
 
 
 class ConvBlock(nn.Module):
@@ -90,7 +23,7 @@ class ConvBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         x = nn.Conv(self.channels, (3, 3), padding=1, use_bias=False, name="conv")(x)
-        return BatchNormRelu(self.axis_name, name="norm")(x, train)
+        return BatchNorm(True, self.axis_name, name="norm")(x, train)
 
 
 def _halve(x: Array, axis: int) -> Array:
