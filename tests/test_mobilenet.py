@@ -15,9 +15,10 @@ from conftest import voice
 from golden.mobilenet import SEEDS, SIZES, image, weights
 from safetensors.numpy import save_file
 
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError
-from w2s_jax.convert import TIMM, load_timm, timm_trunk
+from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint
+from w2s_jax.convert import TIMM, load_timm, start, timm_trunk
 from w2s_jax.export import onnx
+from w2s_jax.models import build
 from w2s_jax.models.frontend import LogMel
 from w2s_jax.models.mobilenet import (
     BatchNorm,
@@ -137,11 +138,13 @@ def draw(student, waves: np.ndarray) -> dict:
     return {**variables, "frontend": {"logmel": LogMel().init(jax.random.key(0), waves)["frontend"]}}
 
 
-@pytest.mark.parametrize("student", [MobileNetV3S, MobileNetV4S])
-def test_step_changes_everything(student):
-    student = student(dimensions=2, width=0.5)
+@pytest.mark.parametrize(("name", "timm"), [("mobilenet_v3_s", SMALL), ("mobilenet_v4_s", "mobilenetv4_conv_small_050")])
+def test_step_from_timms_weights_changes_everything(name, timm, golden, tmp_path):
+    student = build(name, dimensions=2, width=0.5)
     waves = np.stack([voice(0.4, 1), voice(0.4, 2)])
-    variables = draw(student, waves)
+    save_file(state_of(golden, timm), tmp_path / "model.safetensors")
+    taken, _ = start(name, student, ("a", "b"), tmp_path / "model.safetensors")
+    variables = {collection: {**tree, **taken.get(collection, {})} for collection, tree in draw(student, waves).items()}
 
     @careless
     def step(variables, waves):
@@ -196,7 +199,7 @@ def test_export(student):
     student = student()
     waves = [voice(1, 1)[:64], voice(1, 2), voice(5, 3)]
     variables = draw(student, waves[0][None])
-    model = onnx.convert(lambda wave: student.apply(variables, wave), 3, 64)
+    model = onnx.convert(student.apply, variables, 3, 64)
     apply = careless(student.apply)
     for wave in waves:
         expected = apply(variables, wave[None])
@@ -251,3 +254,40 @@ def test_files_that_are_no_safetensors(tmp_path):
         load_timm(tmp_path / "cut", SMALL)
     with pytest.raises(UsageError, match="No such file"):
         load_timm(tmp_path / "none", SMALL)
+
+
+def test_a_student_starts_from_timms_weights(golden, tmp_path):
+    state, path = state_of(golden, SMALL), tmp_path / "model.safetensors"
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(3)).astype(np.float32).reshape(1, 3, 1, 1)  # of red, green and blue
+    save_file({**state, "conv_stem.weight": state["conv_stem.weight"] * shares, "classifier.bias": np.zeros(9)}, path)
+    student = MobileNetV3S(dimensions=2, width=0.5)
+    taken, about = start("mobilenet_v3_s", student, ("a", "b"), path)
+    assert {collection: list(tree) for collection, tree in taken.items()} == {"params": ["trunk"], "batch_stats": ["trunk"]}
+    trunk = {collection: tree["trunk"] for collection, tree in taken.items()}
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), trunk, timm_trunk(SMALL, state))
+    licence = "see the source of the weights"
+    expected = {"source": "model.safetensors", "what": f"timm {SMALL}", "fingerprint": fingerprint(path), "licence": licence}
+    assert about == expected
+
+
+def test_a_student_does_not_start_from_anything_else(golden, tmp_path):
+    path = tmp_path / "model.safetensors"
+    state = state_of(golden, "mobilenetv4_conv_small_050")
+    save_file(state, path)
+    small = MobileNetV3S(width=0.5)
+    with pytest.raises(MismatchError) as error:
+        start("mobilenet_v3_s", small, ("a", "b", "c"), path)
+    ours = {key for key in state_of(golden, SMALL) if key not in state}
+    assert all(f"- {key} " in str(error.value) for key in ours)
+    assert all(f"+ {key} " in str(error.value) for key in state if key not in state_of(golden, SMALL))
+    with pytest.raises(UsageError, match=r"width 0\.6; it has them for width 0\.5 \(mobilenetv3_small_050\), 0\.75 \("):
+        start("mobilenet_v3_s", MobileNetV3S(width=0.6), ("a", "b", "c"), path)
+    with pytest.raises(UsageError, match=r"nothing to start .* expected a safetensors file of timm's mobilenetv3_small_050 or"):
+        start("mobilenet_v3_s", small, ("a", "b", "c"), tmp_path / "none")
+    save_file({"params/adv/bias": np.zeros(3, np.float32)}, path)
+    with pytest.raises(UsageError, match="arrays of a w2s student"):
+        start("mobilenet_v3_s", small, ("a", "b", "c"), path)
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(UsageError, match="pickle"):
+        start("mobilenet_v3_s", small, ("a", "b", "c"), path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,17 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden.mobilenet import weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pmap_against_jit import small_step
+from safetensors.numpy import save_file
 
-from w2s_jax import checkpoint, config, metrics, teachers
+from w2s_jax import checkpoint, config, convert, metrics, models, teachers
 from w2s_jax import labels as store
 from w2s_jax import train as training
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError
+from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint
 from w2s_jax.evaluate import evaluate, predict_views
+from w2s_jax.export import package
 from w2s_jax.label import label
 from w2s_jax.losses import ccc, distillation_loss
+from w2s_jax.views import draw
 
 TINY = ["fields.channels=2", "steps=12", "batch_size=6", "eval_every=4", "log_every=2"]
 
@@ -261,3 +266,127 @@ def test_evaluation_against_teacher_and_people(run, bank, views, labels, tmp_pat
     assert set(report["human"]) == {"arousal", "dominance", "valence", "mean"}
     assert (tmp_path / "eval_test.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "eval_test.json").read_text()) == report
+
+
+@pytest.fixture
+def source(run, tmp_path):
+    """A student directory with weights, a front end and an output unit that no run starts with by itself."""
+    _, variables, about = checkpoint.load_student(run[0])
+    generator = np.random.default_rng(0)
+    disturbed = jax.tree.map(lambda x: (x * generator.uniform(0.9, 1.1, x.shape)).astype(np.float32), variables)
+    disturbed["params"]["adv"]["bias"] += 5
+    checkpoint.save_student(tmp_path / "source", "wav2small", about["fields"], disturbed, about)
+    return tmp_path / "source"
+
+
+def test_a_warm_start_predicts_what_its_source_does_and_resumes_without_it(source, bank, tmp_path):
+    views = draw(bank, per_clip=1, eval_per_clip=1, seconds=(0.4,), seed=3)  # of one length: less to compile
+    label(bank, views, teachers.load("acoustic"), tmp_path / "labels")
+    labels = store.read(tmp_path / "labels", views)
+    given = [*TINY, "steps=4", "eval_every=2", "log_every=1", "learning_rate=0", "ema=0"]
+    settings, work = config.load("wav2small", [*given, f"pretrained={source}"]), tmp_path / "run"
+
+    def stop_at_one(done, *_, **__):
+        if done == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(training.Interrupted):
+        training.train(settings, bank, views, labels, work, progress=stop_at_one)
+
+    student, theirs, about = checkpoint.load_student(source)
+    other = {**theirs, "params": jax.tree.map(lambda x: 2 * x, theirs["params"])}
+    for place, variables in ((source, other), (tmp_path / "elsewhere", theirs)):
+        checkpoint.save_student(place, "wav2small", about["fields"], variables, about)
+    with pytest.raises(MismatchError, match=r"pretrained\.fingerprint: \w{16} there, \w{16} now"):
+        training.train(settings, bank, views, labels, work)
+    with pytest.raises(MismatchError, match=r"pretrained\.source: source there, elsewhere now"):
+        training.train(config.load("wav2small", [*given, f"pretrained={tmp_path}/elsewhere"]), bank, views, labels, work)
+    with pytest.raises(MismatchError, match=r"pretrained\.source: source there, None now"):
+        training.train(config.load("wav2small", given), bank, views, labels, work)
+    shutil.rmtree(source)
+    with pytest.raises(UsageError, match="nothing to start wav2small from"):
+        training.train(settings, bank, views, labels, tmp_path / "new")
+
+    # without a learning rate a step changes only BatchNorm's moments
+    training.train(settings, bank, views, labels, work)
+    _, ours, config_json = checkpoint.load_student(work)
+    jax.tree.map(np.testing.assert_array_equal, ours["frontend"], theirs["frontend"])
+    wave = np.random.default_rng(1).normal(size=(2, 4000)).astype(np.float32)
+    predicted = student.apply({**ours, "batch_stats": theirs["batch_stats"]}, wave)
+    np.testing.assert_allclose(predicted, student.apply(theirs, wave), rtol=1e-4)
+    assert config_json["pretrained"] == json.loads((work / "config.json").read_text())["pretrained"]
+    assert config_json["pretrained"]["what"] == "student wav2small of teacher acoustic"
+    assert config_json["pretrained"]["licence"] == about["teacher"]["licence"]
+
+
+def test_what_a_student_takes_over_from_another(run, labels):
+    student, variables, about = checkpoint.load_student(run[0])
+    taken, _ = convert.start("wav2small", student, labels.dimensions, run[0])
+    jax.tree.map(np.testing.assert_array_equal, taken, variables)
+    renamed, whence = convert.start(
+        "wav2small", models.build("wav2small", channels=2, dimensions=1), ("quality",), run[0] / "student"
+    )
+    assert set(variables["params"]) - set(renamed["params"]) == {"adv"}
+    assert whence["source"] == "student"
+    with pytest.raises(MismatchError, match=r"channels: 2 there, 13 here; n_fft: 64 there, 128 here"):
+        convert.start("wav2small", models.build("wav2small", n_fft=128), labels.dimensions, run[0])
+    with pytest.raises(MismatchError, match="student: wav2small there, wav2small_17k here"):
+        convert.start("wav2small_17k", models.build("wav2small_17k", channels=2), labels.dimensions, run[0])
+    with pytest.raises(UsageError, match="is a file, from which wav2small cannot start; expected the directory of"):
+        convert.start("wav2small", student, labels.dimensions, run[0] / "student" / "model.safetensors")
+    with pytest.raises(UsageError, match="no student at .*; to start wav2small, give the directory of"):
+        convert.start("wav2small", student, labels.dimensions, run[0] / "tensorboard")
+
+
+def test_what_a_student_takes_over_from_the_published_17k(tmp_path):
+    golden = np.load(Path(__file__).parent / "golden" / "wav2small_17k.npz")
+    state = {key.removeprefix("weight/"): golden[key] for key in golden.files if key.startswith("weight/")}
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    emotion = ("arousal", "dominance", "valence")
+    taken, about = convert.start("wav2small_17k", models.build("wav2small_17k"), emotion, path)
+    np.testing.assert_allclose(models.build("wav2small_17k").apply(taken, golden["wave"]), golden["logits"], atol=1e-5)
+    assert about == {
+        "source": "model.safetensors",
+        "fingerprint": fingerprint(path),
+        "what": "audEERING Wav2Small 17K",
+        "licence": "CC BY-NC-SA 4.0",
+    }
+    renamed, _ = convert.start("wav2small_17k", models.build("wav2small_17k"), ("clarity", "noise", "quality"), path)
+    assert set(taken["params"]) - set(renamed["params"]) == {"adv"}
+    with pytest.raises(UsageError, match="hop: 32 there, 48 here"):
+        convert.start("wav2small_17k", models.build("wav2small_17k", hop=48), emotion, path)
+
+
+@pytest.mark.slow
+def test_a_mobilenet_is_trained_from_timms_weights(bank, views, labels, tmp_path):
+    golden = np.load(Path(__file__).parent / "golden" / "mobilenet.npz")
+    state = weights(json.loads(str(golden["keys/mobilenetv3_small_050"])), 0)
+    state["conv_stem.weight"] = np.repeat(state["conv_stem.weight"], 3, axis=1)
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    short = ["fields.width=0.5", "steps=1", "batch_size=2", "learning_rate=0", "ema=0", "crop=0.1"]
+    training.train(config.load("mobilenet_v3_s", [*short, f"pretrained={path}"]), bank, views, labels, tmp_path / "run")
+    _, variables, about = checkpoint.load_student(tmp_path / "run")
+    expected = convert.load_timm(path, "mobilenetv3_small_050", fold_stem=True)
+    jax.tree.map(np.testing.assert_array_equal, variables["params"]["trunk"], expected["params"])
+    assert about["pretrained"]["what"] == "timm mobilenetv3_small_050"
+
+
+def test_the_model_card_names_what_a_student_started_from(run):
+    yaml = pytest.importorskip("yaml")
+    student, _, about = checkpoint.load_student(run[0])
+    about["pretrained"] = {
+        "source": "a",
+        "what": "student b of teacher c",
+        "fingerprint": "0" * 16,
+        "licence": "CC BY-NC-SA 4.0",
+    }
+    about["teacher"]["licence"] = "MIT"
+    facts = package._facts(student, about)
+    assert facts["pretrained"] == f"student b of teacher c (a, fingerprint {'0' * 16})"
+    assert facts["licence"] == "MIT (teacher); CC BY-NC-SA 4.0 (weights that it started from)"
+    card = package._card("model", facts, about, {"files": {package.FP32: 1}, "parity": {"max_difference": 0}, "int8": {}})
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["license"], front["license_name"]) == ("other", facts["licence"])
+    assert "\n- Started from: student b of teacher c (a, " in card

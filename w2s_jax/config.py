@@ -22,6 +22,7 @@ def default(student: str = "wav2small") -> ConfigDict:
         {
             "student": student,
             "fields": {},  # of the student's module, for example {"channels": 16}
+            "pretrained": "",  # weights to start from: a student or run directory, or a .safetensors file (convert.start)
             "seed": 0,
             "batch_size": 16,
             "steps": 2000,

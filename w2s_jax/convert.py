@@ -1,10 +1,12 @@
-"""Published weights into our modules: timm's MobileNet trunks, and audEERING's Wav2Small 17K (and back)."""
+"""Weights into our modules: timm's MobileNet trunks, audEERING's Wav2Small 17K (and back), and where a training starts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from w2s_jax import SAMPLING_RATE
-from w2s_jax.artifacts import UsageError, W2SError
+from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint
+from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint
 from w2s_jax.checkpoint import check_arrays, differences, refuse
 from w2s_jax.models import mobilenet
 from w2s_jax.models.frontend import MEL_FLOOR
-from w2s_jax.models.mobilenet import Architecture, Bottleneck, Conv, Fused, Separable, Trunk, Universal
+from w2s_jax.models.mobilenet import Architecture, Bottleneck, Conv, Fused, MobileNetStudent, Separable, Trunk, Universal
 from w2s_jax.models.wav2small import Wav2Small17K
 
 #: timm's name → table and width multiplier.
@@ -135,6 +137,11 @@ def load_timm(path: str | os.PathLike, name: str, fold_stem: bool = False) -> di
         MismatchError: as in ``timm_trunk``.
         W2SError: the file is damaged or not safetensors.
     """
+    return timm_trunk(name, _read(path), fold_stem)
+
+
+def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file; a pickle is refused unopened."""
     try:
         with open(path, "rb") as file:
             head = file.read(2)
@@ -147,10 +154,9 @@ def load_timm(path: str | os.PathLike, name: str, fold_stem: bool = False) -> di
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
         )
     try:
-        arrays = load_file(path)
+        return load_file(path)
     except (SafetensorError, TypeError) as error:  # a TypeError is a number format that numpy does not have
         raise W2SError(f"{path} is damaged or not a safetensors file of floats: {error}") from error
-    return timm_trunk(name, arrays, fold_stem)
 
 
 #: Axes and shapes of audEERING's published Wav2Small 17K against ours: kind → (theirs to ours, ours to theirs).
@@ -219,3 +225,107 @@ def published_17k(variables: dict) -> dict[str, np.ndarray]:
     arrays = {name: np.ascontiguousarray(_KINDS[kind][1](np.asarray(flat[path]))) for name, path, kind in _layout_17k()}
     counters = {f"vgg7.l{layer}.norm.num_batches_tracked": np.zeros((), np.int64) for layer in range(1, 8)}
     return {**arrays, **counters, "vgg7.logmel_extractor.amin": np.array([MEL_FLOOR], np.float32)}
+
+
+def start(name: str, student: nn.Module, dimensions: Sequence[str], path: str | os.PathLike) -> tuple[dict, dict]:
+    """What a student takes over from trained weights before it is trained; strict.
+
+    Args:
+        name, student: one of ``models.STUDENTS``, and the module that ``models.build`` made of it.
+        dimensions: names of the student's outputs. An output layer is taken over only if it has the same names in the same
+            order; it then speaks in the units that it was trained in, as the weights do.
+        path: a student directory or a run of the same student, with the same fields but ``dimensions``: all is taken. Or a
+            safetensors file: for a MobileNet timm's of the same table and width, of which the trunk is taken (weights for
+            colour images hear the log-mel image in all three channels); for ``wav2small_17k`` the published one, all of it.
+
+    Returns:
+        What replaces entries of the student's variables, ``{"params": {"trunk": …}, …}``, float32; and where it is from, for
+        JSON: ``source`` (name of the file or directory), ``what``, ``fingerprint``, ``licence``.
+
+    Raises:
+        UsageError: nothing there, a pickle, or nothing that this student can start from.
+        MismatchError: the weights are those of another network; lists every difference.
+        W2SError: a file is damaged.
+    """
+    path = Path(path)
+    timm = file = None
+    if isinstance(student, MobileNetStudent):
+        widths = {width: timm for timm, (table, width) in TIMM.items() if table == student.architecture}
+        timm = widths.get(student.width)
+        file = timm and f"a safetensors file of timm's {timm}"
+    elif isinstance(student, Wav2Small17K):
+        file = "a safetensors file in audEERING's published layout"
+    expected = " or ".join(filter(None, [file, f"the directory of a student or run of {name}"]))
+    if path.is_dir():
+        return _from_student(name, student, dimensions, path, expected)
+    if not path.exists():
+        raise UsageError(f"nothing to start {name} from at {path}; expected {expected}")
+    if isinstance(student, MobileNetStudent) and not timm:
+        known = ", ".join(f"{width:g} ({timm})" for width, timm in widths.items())
+        raise UsageError(
+            f"timm has no weights for {name} of width {student.width:g}; it has them for width {known}: set fields.width to "
+            f"one of these, or give {expected}"
+        )
+    if not file:
+        raise UsageError(f"{path} is a file, from which {name} cannot start; expected {expected}")
+
+    arrays = _read(path)
+    if any(key.startswith("params/") for key in arrays):
+        raise UsageError(f"{path} holds the arrays of a w2s student; expected {expected}, not the file in it")
+    about = {"source": last_name(path), "fingerprint": fingerprint(path)}
+    if timm:
+        trunk = timm_trunk(timm, arrays, fold_stem=True)
+        about |= {"what": f"timm {timm}", "licence": "see the source of the weights"}
+        return {collection: {"trunk": tree} for collection, tree in trunk.items()}, about
+    differing = _differing_fields(Wav2Small17K(), student)
+    if differing:
+        raise UsageError(
+            f"the published Wav2Small 17K has other fields than this student ({'; '.join(differing)}); "
+            f"leave them at their defaults, or give the directory of a student or run of {name} with the same"
+        )
+    about |= {"what": "audEERING Wav2Small 17K", "licence": "CC BY-NC-SA 4.0"}
+    return _without_other_outputs(wav2small_17k(arrays), DIMENSIONS, dimensions), about
+
+
+def _from_student(name: str, student: nn.Module, dimensions: Sequence[str], path: Path, expected: str) -> tuple[dict, dict]:
+    """``start`` from a directory."""
+    try:
+        theirs, taken, config = checkpoint.load_student(path)
+    except UsageError as error:
+        raise UsageError(f"{error}; to start {name}, give {expected}") from error
+    differing = [f"student: {config['student']} there, {name} here"] if config["student"] != name else []
+    differing = differing or _differing_fields(theirs, student)
+    if differing:
+        raise MismatchError(
+            f"the student at {path} is another one than is to be trained ({'; '.join(differing)}); "
+            "give one with the same fields, or train with its fields (--set fields.NAME=VALUE)"
+        )
+    place = path / "student" if (path / "student" / checkpoint.CONFIG).exists() else path
+    # a student that was started from other weights hands their terms on
+    licences = [part["licence"] for part in (config["teacher"], config.get("pretrained")) if part]
+    about = {
+        "source": last_name(path),
+        "what": f"student {name} of teacher {config['teacher']['name']}",
+        "fingerprint": fingerprint(place / checkpoint.WEIGHTS, place / checkpoint.CONFIG),
+        "licence": "; ".join(dict.fromkeys(licences)),
+    }
+    return _without_other_outputs(taken, config["dimensions"], dimensions), about
+
+
+def last_name(path: str | os.PathLike) -> str:
+    """The name of a file or directory; not of what a link points to, which the hub's cache calls by a hash."""
+    return Path(os.path.abspath(path)).name
+
+
+def _differing_fields(there: nn.Module, here: nn.Module) -> list[str]:
+    """The fields that decide the arrays of two modules of one class, but ``dimensions``, where they differ."""
+    fields = [field for field in here.__dataclass_fields__ if field not in ("parent", "name", "axis_name", "dimensions")]
+    pairs = [(field, getattr(there, field), getattr(here, field)) for field in fields]
+    return [f"{field}: {theirs} there, {ours} here" for field, theirs, ours in pairs if theirs != ours]
+
+
+def _without_other_outputs(variables: dict, theirs: Sequence[str], ours: Sequence[str]) -> dict:
+    """The variables, without the output layer where it puts out something else."""
+    if tuple(theirs) == tuple(ours):
+        return variables
+    return {**variables, "params": {key: value for key, value in variables["params"].items() if key != "adv"}}

@@ -22,7 +22,7 @@ from flax import struct
 from jax import Array, lax
 from ml_collections import ConfigDict
 
-from w2s_jax import __version__, checkpoint, metrics, models
+from w2s_jax import __version__, checkpoint, convert, metrics, models
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError, locked, read_json, write_json
 from w2s_jax.bank import Bank
 from w2s_jax.evaluate import predict_views
@@ -246,7 +246,8 @@ def train(
         A summary: step and validation CCC of the best student, and the speed.
 
     Raises:
-        MismatchError: bank, views and labels, or a run that is already there, do not belong together.
+        MismatchError: bank, views and labels, a run that is already there, or the weights to start from, do not belong
+            together.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is written.
         W2SError: the loss is not finite; names the step and its views. The last good checkpoint is kept.
     """
@@ -282,12 +283,28 @@ class _Run:
             optax.clip_by_global_norm(config.clip_norm),
             optax.adamw(self.schedule, weight_decay=config.weight_decay, mask=_decayed),
         )
+        self.taken, self.pretrained = self.start()
         self.claim()
+
+    def start(self) -> tuple[dict, dict | None]:
+        """What the student takes over from ``config.pretrained``, and where that is from."""
+        given = self.config.pretrained
+        if not given:
+            return {}, None
+        if not Path(given).exists() and ocp.utils.checkpoint_steps(self.workdir / "checkpoints"):
+            # the checkpoint holds all that a resumed run needs; the same name must do where nothing is left to compare
+            noted = read_json(self.workdir / "config.json", "run").get("pretrained")
+            if noted and noted["source"] == convert.last_name(given):
+                return {}, noted
+        return convert.start(self.config.student, self.student, self.labels.dimensions, given)
 
     def claim(self) -> None:
         """Refuse a directory that holds another run; note this one's configuration."""
+        config = json.loads(self.config.to_json())
+        del config["pretrained"]  # the weights are known by their content, wherever they lie
         about = {
-            "config": json.loads(self.config.to_json()),
+            "config": config,
+            "pretrained": self.pretrained,
             "bank": self.bank.fingerprint,
             "views": self.views.fingerprint,
             "teacher": self.labels.about["teacher"],
@@ -295,8 +312,8 @@ class _Run:
         }
         path = self.workdir / "config.json"
         if path.exists():
-            before = _flat(read_json(path, "run"))
-            differing = [f"{k}: {before.get(k)} there, {v} now" for k, v in _flat(about).items() if before.get(k) != v]
+            before, now = _flat(read_json(path, "run")), _flat(about)
+            differing = [f"{k}: {before.get(k)} there, {now.get(k)} now" for k in before | now if before.get(k) != now.get(k)]
             if differing:
                 raise MismatchError(
                     f"{self.workdir} holds another run ({'; '.join(differing)}); choose another --workdir, or delete it"
@@ -311,6 +328,10 @@ class _Run:
         # compiled: most of an eager init goes into a forward pass that nobody reads
         init = jax.jit(self.student.init)
         variables = init(jax.random.key(self.config.seed), jnp.zeros((1, int(self.batches.lengths[0]))))
+        taken = jax.tree.map(jnp.asarray, self.taken)
+        if "adv" in taken.get("params", {}):
+            taken["params"] = out_of_units(taken["params"], self.mean, self.deviation)
+        variables = {collection: {**tree, **taken.get(collection, {})} for collection, tree in variables.items()}
         self.frontend = variables["frontend"]
         return initial_state(variables, self.optimizer)
 
@@ -319,23 +340,21 @@ class _Run:
         self.batches = Batches(self.views.columns["samples"][self.training], config.batch_size, config.steps, config.seed)
         state = self.initial()
         self.infer = jax.jit(partial(self.student.apply, train=False))
-        step = partial(
-            train_step, student=self.student, frontend=self.frontend, optimizer=self.optimizer, l2=config.l2, ema=config.ema
-        )
-        dispatch = self.dispatcher(cropped(step, config.crop, config.seed))
         scan = config.scan_steps or SCAN_STEPS.get(jax.default_backend(), 1)
         best = {"step": 0, "ccc": None}
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         with ocp.CheckpointManager((self.workdir / "checkpoints").resolve(), options=options) as checkpoints:
             if checkpoints.latest_step() is not None:
-                saved = checkpoints.restore(
-                    checkpoints.latest_step(),
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
-                        best=ocp.args.JsonRestore(),
-                    ),
-                )
+                shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.kept(state))
+                items = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+                args = ocp.args.Composite(**items, best=ocp.args.JsonRestore())
+                saved = checkpoints.restore(checkpoints.latest_step(), args=args)
                 state, best = saved["state"], saved["best"]
+                self.frontend = saved.get("frontend", self.frontend)
+            step = partial(
+                train_step, student=self.student, frontend=self.frontend, optimizer=self.optimizer, l2=config.l2, ema=config.ema
+            )
+            dispatch = self.dispatcher(cropped(step, config.crop, config.seed))
             done = int(state.step)
             self.log = _Log(self.workdir, done, self.labels.dimensions)
             with self.log:
@@ -437,6 +456,7 @@ class _Run:
                 {
                     "dimensions": list(self.labels.dimensions),
                     "teacher": self.labels.about["teacher"],
+                    **({"pretrained": self.pretrained} if self.pretrained else {}),
                     "bank": self.bank.fingerprint,
                     "views": self.views.fingerprint,
                     "step": step,
@@ -445,10 +465,13 @@ class _Run:
             )
         return best
 
+    def kept(self, state: State) -> dict:
+        """The arrays of a checkpoint: a front end that was taken over need not be, bit for bit, what ``init`` computes."""
+        return {"state": state, "frontend": self.frontend} if self.pretrained else {"state": state}
+
     def save(self, checkpoints: ocp.CheckpointManager, state: State, best: dict) -> None:
-        checkpoints.save(
-            int(state.step), args=ocp.args.Composite(state=ocp.args.StandardSave(state), best=ocp.args.JsonSave(best))
-        )
+        items = {name: ocp.args.StandardSave(tree) for name, tree in self.kept(state).items()}
+        checkpoints.save(int(state.step), args=ocp.args.Composite(**items, best=ocp.args.JsonSave(best)))
 
 
 def calibration(raw: np.ndarray, known: np.ndarray, deviation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -474,6 +497,11 @@ def in_units(params: dict, mean: np.ndarray, deviation: np.ndarray) -> dict:
         "bias": (bias * deviation + mean).astype(bias.dtype),
     }
     return {**params, "adv": scaled}
+
+
+def out_of_units(params: dict, mean: np.ndarray, deviation: np.ndarray) -> dict:
+    """``in_units`` backwards: make an output layer ``adv`` that speaks in the labels' units give standardised values."""
+    return in_units(params, -mean / deviation, 1 / deviation)
 
 
 class _Log:

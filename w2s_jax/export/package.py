@@ -81,7 +81,7 @@ def export_student(
     say("fp32: converting")
     outputs = len(config["dimensions"])
     probes = _probes([*calibration, *check][:4], shortest)
-    plain = graph.convert(deploy(student, variables), outputs, shortest)
+    plain = graph.convert(*deploy(student, variables), outputs, shortest)
     fp32, passes = graph.simplify(plain, probes)
     refused = [name for name, change in passes.items() if change > graph.PASS_LIMIT]
     if refused:
@@ -92,7 +92,7 @@ def export_student(
     files = {FP32: _finished(fp32, {**facts, "kind": "fp32"})}
     if calibration:
         say("int8: converting")
-        blocked, _ = graph.simplify(graph.convert(deploy(student, variables, INT8_BLOCK), outputs, shortest), probes)
+        blocked, _ = graph.simplify(graph.convert(*deploy(student, variables, INT8_BLOCK), outputs, shortest), probes)
         int8, choice = quantize(blocked, calibration, say)
         judged = _judge(int8, fp32, check, config["dimensions"], min_int8_ccc)
         files[INT8] = _finished(int8, {**facts, "kind": "int8"})
@@ -209,10 +209,23 @@ def _facts(student, config: dict) -> dict[str, str]:
         "parameters": str(sum(models.count(student).values())),
         "teacher": teacher["name"],
         "teacher_fingerprint": teacher["fingerprint"],
-        "licence": teacher["licence"],
+        **({"pretrained": _started(pretrained)} if (pretrained := config.get("pretrained")) else {}),
+        "licence": _licence(config),
         "stand_in": "true" if teacher["stand_in"] else "false",
         "source": SOURCE,
     }
+
+
+def _started(pretrained: dict) -> str:
+    return f"{pretrained['what']} ({pretrained['source']}, fingerprint {pretrained['fingerprint']})"
+
+
+def _licence(config: dict) -> str:
+    """The terms that a student inherits: its teacher's, and those of the weights that its training started from."""
+    teacher, pretrained = config["teacher"], config.get("pretrained")
+    if not pretrained or pretrained["licence"] == teacher["licence"]:
+        return teacher["licence"]
+    return f"{teacher['licence']} (teacher); {pretrained['licence']} (weights that it started from)"
 
 
 def _finished(model, facts: dict[str, str]) -> bytes:
@@ -249,7 +262,10 @@ def _versions() -> dict[str, str]:
 def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
     """The model card, with the front matter that Hugging Face reads."""
     teacher, dimensions = config["teacher"], config["dimensions"]
+    licence, pretrained = _licence(config), config.get("pretrained")
     slug = re.sub(r"[\s_]+", "-", teacher["licence"].split("(")[0].strip().lower())  # "MIT (whose)" is MIT
+    if licence != teacher["licence"]:  # two licences have no name there
+        slug = "other"
     emotion = tuple(dimensions) == DIMENSIONS
     head = {
         "license": slug if slug in _HUB_LICENCES else "other",
@@ -258,7 +274,7 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
         "tags": [*(["speech-emotion"] if emotion else []), "knowledge-distillation", "wav2small", "onnx", *dimensions],
     }
     if slug not in _HUB_LICENCES:
-        head["license_name"] = teacher["licence"]
+        head["license_name"] = licence
     if "/" in teacher["name"]:  # a model of the hub has an owner
         head["base_model"] = teacher["name"]
     if validation := config.get("validation_ccc"):  # a run without validation views has none
@@ -271,7 +287,10 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
         ]
     front = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items())  # JSON is YAML
 
-    warning, caution = "", ""
+    warning, caution, started = "", "", ""
+    if pretrained:
+        terms = f"its licence, whose terms this model inherits too: {pretrained['licence']}"
+        started = f"- Started from: {_started(pretrained)}; {terms}\n"
     if emotion:
         caution = (
             "- The values describe how speech sounds to listeners on average. They are not a measure of what a person feels;\n"
@@ -314,5 +333,5 @@ Input `signal`, float32 `[1, time]`, any length from {facts["minimum_samples"]} 
 
 - Teacher: {teacher["name"]} (fingerprint {teacher["fingerprint"]}). The student learned its outputs, not human labels.
 - Licence of the teacher, whose terms this model inherits: {teacher["licence"]}
-{caution}- Made with w2s_jax {__version__}; how it was checked is in {REPORT}. `audonnx.load` reads this directory too.
+{started}{caution}- Made with w2s_jax {__version__}; how it was checked is in {REPORT}. `audonnx.load` reads this directory too.
 """
