@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax import convert, models
 from w2s_jax.artifacts import MismatchError, UsageError
-from w2s_jax.models.frontend import LogMel, normalise
+from w2s_jax.models import mobilenet
+from w2s_jax.models.frontend import LogMel, fourier_kernels, mel_matrix, normalise
 
 GOLDEN = Path(__file__).parent / "golden" / "wav2small.npz"
 PEER = Path(__file__).parents[2] / "shared" / "peers" / "torch_wav2small.py"
@@ -102,6 +103,256 @@ def test_unknown_names_are_refused():
         models.build("wav2big")
     with pytest.raises(UsageError, match="channels"):
         models.build("wav2small", chanels=3)
+
+
+#: Fields of the search space, each away from its default at least once.
+FIELDS = {
+    "shallow": {"before": 2, "after": 2},
+    "nothing behind the pool": {"before": 1, "after": 0, "n_mels": 13},
+    "wide kernel": {"kernel": 5, "before": 2, "after": 1},
+    "stride": {"stride": 2, "pooling": "mean"},
+    "stride that leaves places out": {"stride": 3, "kernel": 1, "pooling": "statistics", "hop": 64, "n_fft": 128},
+}
+
+
+def varied(fields: dict, name: str = "wav2small"):
+    """A small student with these fields, random variables, and two waves of 0.2 s."""
+    student = models.build(name, channels=4, **fields)
+    wave = np.stack([voice(0.2, 1), voice(0.2, 2)])
+    rng = np.random.default_rng(7)
+    flat = flatten_dict(jax.eval_shape(student.init, jax.random.key(0), wave))  # nothing is compiled
+    for path, leaf in flat.items():
+        if path[-1] == "kernel":
+            flat[path] = rng.standard_normal(leaf.shape) / np.sqrt(leaf.size / leaf.shape[-1])
+        elif path[-1] in ("scale", "var"):  # those of an untrained BatchNorm would hide mistakes
+            flat[path] = rng.uniform(0.5, 1.5, leaf.shape)
+        elif path[-1] in ("bias", "mean"):
+            flat[path] = rng.standard_normal(leaf.shape)
+    real, imag = fourier_kernels(student.n_fft)
+    fixed = {"real": real, "imag": imag, "mel": mel_matrix(student.n_fft, student.n_mels)}
+    flat |= {("frontend", "logmel", key): array for key, array in fixed.items()}
+    return student, jax.tree.map(np.float32, unflatten_dict(flat)), wave
+
+
+def logits_and_image(student, variables: dict, wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the student says, and the log-mel image [B, time, mel] that its trunk saw (which has tests of its own)."""
+
+    def run(variables, wave):
+        return student.apply(
+            variables, wave, capture_intermediates=lambda module, _: isinstance(module, LogMel), mutable=["intermediates"]
+        )
+
+    logits, seen = jax.jit(run)(variables, wave)
+    return np.asarray(logits), np.asarray(seen["intermediates"]["logmel"]["__call__"][0])
+
+
+def by_hand(student, variables: dict, image: np.ndarray) -> np.ndarray:
+    """What the fields say of an image, in NumPy and float64: logits [B, dimensions]."""
+    windows = np.lib.stride_tricks.sliding_window_view
+    params, stats = (jax.tree.map(lambda a: np.asarray(a, np.float64), variables[c]) for c in ("params", "batch_stats"))
+    x, pad = image[..., None].astype(np.float64), student.kernel // 2
+    for layer in range(1, student.before + student.after + 1):
+        block, moments = params["vgg7"].pop(f"l{layer}"), stats["vgg7"].pop(f"l{layer}")["norm"]
+        seen = windows(np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))), (student.kernel, student.kernel), (1, 2))
+        if layer == 1:
+            seen = seen[:, :: student.stride, :: student.stride]
+        x = np.einsum("btmcij,ijco->btmo", seen, block["conv"]["kernel"])
+        x = (x - moments["mean"]) / np.sqrt(moments["var"] + 1e-5) * block["norm"]["scale"] + block["norm"]["bias"]
+        x = np.maximum(x, 0)
+        if layer == student.before:
+            padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+            x = windows(padded, (3, 3), (1, 2))[:, ::2, ::2].max(axis=(-1, -2))
+    assert not params["vgg7"]  # no block is left over
+    dense = lambda x, part: x @ part["kernel"].reshape(x.shape[-1], -1) + part["bias"]  # noqa: E731
+    attention = getattr(student, "pooling", "attention") == "attention"
+    if "mix" in params:
+        x = dense(x, params["mix"]).swapaxes(2, 3).reshape(*x.shape[:2], -1)
+    if attention:
+        weight = np.exp(dense(x, params["pool"]["sof"]))
+        x = (dense(x, params["pool"]["lin"]) * weight).sum(axis=1) / weight.sum(axis=1)
+    elif student.pooling == "mean":
+        x = x.mean(axis=1)
+    else:
+        x = np.concatenate([x.mean(axis=1), np.sqrt(x.var(axis=1) + 1e-5)], axis=1)
+    if "mix" not in params:
+        x = np.concatenate([x.swapaxes(1, 2), x.swapaxes(1, 2) @ x], axis=2).reshape(len(x), -1)
+    return dense(x, params["adv"])
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_fields_do_what_they_say(fields):
+    student, variables, wave = varied(fields)
+    logits, image = logits_and_image(student, variables, wave)
+    np.testing.assert_allclose(logits, by_hand(student, variables, image), rtol=1e-5, atol=1e-5)
+
+
+def test_17k_has_the_same_fields():
+    fields = {"before": 2, "after": 1, "kernel": 5, "stride": 2}
+    student, variables, wave = varied(fields, "wav2small_17k")
+    logits, image = logits_and_image(student, variables, wave)
+    expected = by_hand(student, variables, image)
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())  # X·Xᵀ is in the hundreds
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_fields_are_torchs(fields):
+    torch = pytest.importorskip("torch")
+    from torch import nn
+
+    student, variables, wave = varied(fields)
+    logits, image = logits_and_image(student, variables, wave)
+    params, stats = variables["params"], variables["batch_stats"]
+    tensor = lambda array: torch.from_numpy(np.array(array))  # noqa: E731
+    layers, inputs = [], 1
+    for layer in range(1, student.before + student.after + 1):
+        stride = student.stride if layer == 1 else 1
+        convolution = nn.Conv2d(inputs, 4, student.kernel, stride, padding=student.kernel // 2, bias=False)
+        convolution.weight.data = tensor(params["vgg7"][f"l{layer}"]["conv"]["kernel"].transpose(3, 2, 0, 1))
+        norm = nn.BatchNorm2d(4)
+        norm.weight.data, norm.bias.data = (tensor(params["vgg7"][f"l{layer}"]["norm"][n]) for n in ("scale", "bias"))
+        norm.running_mean, norm.running_var = (tensor(stats["vgg7"][f"l{layer}"]["norm"][n]) for n in ("mean", "var"))
+        layers += [convolution, norm, nn.ReLU()] + [nn.MaxPool2d(3, 2, 1)] * (layer == student.before)
+        inputs = 4
+    linear = lambda x, part: x @ tensor(part["kernel"]) + tensor(part["bias"])  # noqa: E731
+    with torch.no_grad():
+        x = nn.Sequential(*layers).eval()(tensor(image)[:, None])
+        x = nn.functional.conv2d(x, tensor(params["mix"]["kernel"].transpose(3, 2, 0, 1)), tensor(params["mix"]["bias"]))
+        x = x.permute(0, 2, 1, 3).flatten(2)  # [B, time, channels × mel]
+        if student.pooling == "attention":
+            x = (linear(x, params["pool"]["lin"]) * linear(x, params["pool"]["sof"]).softmax(1)).sum(1)
+        elif student.pooling == "mean":
+            x = x.mean(1)
+        else:
+            x = torch.cat([x.mean(1), (x.var(1, unbiased=False) + 1e-5).sqrt()], 1)
+        expected = linear(x, params["adv"]).numpy()
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean", "statistics"])
+def test_gradients_are_finite(pooling):
+    student, variables, wave = varied({"pooling": pooling, "stride": 2, "before": 1, "after": 1})
+    # the second utterance is silent: nothing changes over time, where a bare standard deviation has no gradient
+    wave = wave * np.array([[1.0], [0.0]], np.float32)
+
+    def loss(params):
+        logits, _ = student.apply({**variables, "params": params}, wave, train=True, mutable=["batch_stats"])
+        return jnp.square(logits).sum()
+
+    gradients = flatten_dict(jax.jit(jax.grad(loss))(variables["params"]))
+    for path, gradient in gradients.items():
+        assert np.isfinite(gradient).all(), path
+        # the softmax over time does not change with the bias of its input
+        assert path == ("pool", "sof", "bias") or np.abs(gradient).max() > 0, path
+
+
+def test_counts_follow_the_fields():
+    counts = models.count(models.build("wav2small", channels=8, before=2, after=1, kernel=5, n_mels=20, pooling="statistics"))
+    blocks = 25 * 8 + 2 * 25 * 8 * 8 + 3 * 2 * 8
+    assert counts["trained"] == blocks + (8 * 8 + 8) + (2 * 8 * 10 * 3 + 3)  # 20 bands are 10 behind the pool
+    assert counts["fixed"] == 2 * 33 * 64 + 33 * 20
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "says"),
+    [
+        ("wav2small", {"before": 0}, "before is 0; expected a whole number of at least 1"),
+        ("wav2small_17k", {"before": 2.0}, "before is 2.0; expected a whole number"),
+        ("wav2small", {"after": -1}, "after is -1; expected a whole number of at least 0"),
+        ("wav2small", {"kernel": 4}, "kernel is 4; expected an odd number"),
+        ("wav2small_17k", {"kernel": -3}, "kernel is -3; expected a whole number of at least 1"),
+        ("wav2small", {"stride": 0}, "stride is 0; expected a whole number of at least 1"),
+        ("wav2small", {"channels": "13"}, "channels is '13'; expected a whole number"),
+        ("wav2small", {"pooling": "max"}, "pooling is 'max'; expected one of attention, mean, statistics"),
+        ("wav2small_17k", {"pooling": "mean"}, "no field pooling"),
+    ],
+)
+def test_fields_that_make_no_network_are_refused(name, fields, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        models.build(name, **fields)
+
+
+def test_macs_are_those_counted_by_hand():
+    # 5 s: 1 + (80,000 - 64) // 32 = 2,499 frames of 26 bands, 1,250 of 13 behind the pool. The paper says 0.4 G.
+    layers = {
+        "Fourier transform": 2499 * 64 * 66,
+        "mel": 2499 * 33 * 26,
+        "l1": 2499 * 26 * 9 * 13,
+        "l2, l3": 2 * 2499 * 26 * 9 * 13 * 13,
+        "l4 to l7": 4 * 1250 * 13 * 9 * 13 * 13,
+        "mix": 1250 * 13 * 13 * 13,
+        "lin, sof": 2 * 1250 * 169 * 169,
+        "adv": 169 * 3,
+    }
+    assert models.macs(models.build("wav2small")) == sum(layers.values())
+    # 17K: lin and sof are 1×1 convolutions, and X·Xᵀ is 13 × 13 × 13
+    layers |= {"mix": 0, "lin, sof": 2 * 1250 * 13 * 13 * 13, "gram": 13**3, "adv": 338 * 3}
+    assert models.macs(models.build("wav2small_17k")) == sum(layers.values())
+
+
+def test_macs_follow_the_fields():
+    student = models.build("wav2small", channels=8, before=1, after=1, kernel=5, stride=2, pooling="mean")
+    # 1 s: 499 frames of 26 bands, 250 of 13 behind the stride, 125 of 7 behind the pool
+    trunk = 250 * 13 * 25 * 8 + 125 * 7 * 25 * 8 * 8
+    assert models.macs(student, 16_000) == 499 * (64 * 66 + 33 * 26) + trunk + 125 * 7 * 8 * 8 + 56 * 3
+    with pytest.raises(UsageError, match="samples is 63; Wav2Small needs at least 64"):
+        models.macs(student, 63)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "depthwise"), [(1, 1, False), (3, 2, False), (5, 2, True), (3, 1, True)])
+def test_what_is_counted_is_what_is_computed(kernel, stride, depthwise):
+    # macs() puts this operator in the place of whatever the backend computes fastest
+    module = mobilenet.Convolution(6, kernel, stride, depthwise)
+    x = np.random.default_rng(0).standard_normal((2, 9, 8, 6)).astype(np.float32)
+    expected, variables = module.init_with_output(jax.random.key(0), x)
+    plain = mobilenet.convolution(x, variables["params"]["kernel"], stride)
+    np.testing.assert_allclose(plain, expected, rtol=1e-5, atol=1e-5)
+
+
+def mobilenet_macs(architecture: mobilenet.Architecture, frames: int, mel: int) -> int:
+    """A trunk's multiply-accumulates, row by row of its table."""
+    total, channels = 0, 1
+
+    def convolve(kernel: int, stride: int, inputs: int, outputs: int) -> None:  # inputs: per output channel
+        nonlocal total, frames, mel
+        frames, mel = -(-frames // stride), -(-mel // stride)
+        total += frames * mel * kernel * kernel * inputs * outputs
+
+    convolve(architecture.stem.kernel, architecture.stem.stride, channels, architecture.stem.channels)
+    channels = architecture.stem.channels
+    for row in (row for stage in architecture.stages for row in stage):
+        wide = mobilenet.rounded(channels * getattr(row, "expansion", 1))
+        if isinstance(row, mobilenet.Conv):
+            convolve(row.kernel, row.stride, channels, row.channels)
+            channels = row.channels
+            continue
+        if isinstance(row, mobilenet.Separable):
+            convolve(row.kernel, row.stride, 1, channels)
+        elif isinstance(row, mobilenet.Bottleneck):
+            convolve(1, 1, channels, wide)
+            convolve(row.kernel, row.stride, 1, wide)
+        elif isinstance(row, mobilenet.Fused):
+            convolve(row.kernel, row.stride, channels, wide)
+        else:
+            if row.before:
+                convolve(row.before, 1 if row.middle else row.stride, 1, channels)
+            convolve(1, 1, channels, wide)
+            if row.middle:
+                convolve(row.middle, row.stride, 1, wide)
+        if getattr(row, "squeeze", False):
+            total += 2 * wide * mobilenet.rounded(wide / 4)
+        convolve(1, 1, wide, row.channels)
+        channels = row.channels
+    return total + 2 * frames * mel * channels * channels + channels * 3  # attention pooling, and the output
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"), [("mobilenet_v3_s", mobilenet.V3_SMALL), ("mobilenet_v4_s", mobilenet.V4_SMALL)]
+)
+def test_mobilenet_macs_are_those_of_its_table(name, architecture):
+    # depthwise convolutions count as what they are, also where they are computed as sums of shifted products
+    expected = 499 * (64 * 66 + 33 * 26) + mobilenet_macs(architecture, 499, 26)
+    assert models.macs(models.build(name), 16_000) == expected
 
 
 def cnn14_variables(state: dict, student) -> dict:

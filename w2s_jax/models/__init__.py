@@ -16,7 +16,15 @@ except ImportError as error:
 from w2s_jax import SAMPLING_RATE
 from w2s_jax.artifacts import UsageError
 from w2s_jax.models.cnn14 import CNN14
-from w2s_jax.models.mobilenet import MobileNetV3L, MobileNetV3S, MobileNetV4L, MobileNetV4M, MobileNetV4S
+from w2s_jax.models.mobilenet import (
+    Convolution,
+    MobileNetV3L,
+    MobileNetV3S,
+    MobileNetV4L,
+    MobileNetV4M,
+    MobileNetV4S,
+    convolution,
+)
 from w2s_jax.models.wav2small import Wav2Small, Wav2Small17K
 
 #: Name → module class. ``build`` makes one; a new student is one more line here.
@@ -63,3 +71,52 @@ def count(student: nn.Module) -> dict[str, int]:
     shapes = jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE)))
     sizes = {part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
     return {"trained": sizes["params"], "fixed": sizes["frontend"]}
+
+
+def macs(student: nn.Module, samples: int = 5 * SAMPLING_RATE) -> int:
+    """Multiply-accumulates of one utterance in inference, counted from the traced network; nothing is computed.
+
+    Convolutions (zeros of the padding included) and matrix products are counted; sums, BatchNorm and activations are not.
+
+    Args:
+        student: from ``build``.
+        samples: length of the utterance; 5 s unless told, the paper's measure.
+
+    Raises:
+        UsageError: the utterance is too short for the student.
+
+    Example:
+        >>> macs(build("wav2small"))
+        390967041
+    """
+    if samples < student.minimum_samples:
+        raise UsageError(f"samples is {samples}; {type(student).__name__} needs at least {student.minimum_samples}")
+
+    def as_convolutions(call, args, kwargs, context):
+        # on a CPU a MobileNet computes them as sums of shifted products, which have no operator to be known by
+        if isinstance(context.module, Convolution):
+            return convolution(*args, context.module.get_variable("params", "kernel"), context.module.stride)
+        return call(*args, **kwargs)
+
+    wave = jax.ShapeDtypeStruct((1, samples), jnp.float32)
+    variables = jax.eval_shape(student.init, jax.random.key(0), wave)
+    with nn.intercept_methods(as_convolutions):
+        return _macs(jax.make_jaxpr(student.apply)(variables, wave).jaxpr)
+
+
+def _macs(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+            total += equation.outvars[0].aval.size * math.prod(kernel) // channels
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
+        for inner in equation.params.values():  # jit, custom_jvp, custom_vjp: jaxprs, open or closed
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                total += _macs(inner) * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+    return total

@@ -300,15 +300,20 @@ class Convolution(nn.Module):
                 return shifted_products(x, kernel, stride)
             patches = jnp.concatenate([part for _, part in _shifts(_padded(x, size), size, stride)], axis=-1)
             return _dense(patches, kernel.reshape(size * size * inputs, self.channels))
-        pad = (size - 1) // 2  # not "SAME", which would pad less before than after
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            (stride, stride),
-            ((pad, pad), (pad, pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=inputs if self.depthwise else 1,
-        )
+        return convolution(x, kernel, stride)
+
+
+def convolution(x: Array, kernel: Array, stride: int) -> Array:
+    """What every form of ``Convolution`` computes, as XLA's own operator: [B, time, mel, C] with [k, k, C or 1, channels]."""
+    pad = (len(kernel) - 1) // 2  # not "SAME", which would pad less before than after
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1] // kernel.shape[2],
+    )
 
 
 def _dense(x: Array, kernel: Array) -> Array:

@@ -1,9 +1,13 @@
-"""Attention pooling over time, as the Wav2Small students share it."""
+"""Pooling over time: attention, as the Wav2Small students share it, and two simpler ways."""
 
 from __future__ import annotations
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import Array
+
+#: What a student's field ``pooling`` may be.
+POOLINGS = ("attention", "mean", "statistics")
 
 
 class AttentionPooling(nn.Module):
@@ -20,3 +24,19 @@ class AttentionPooling(nn.Module):
         value = nn.Dense(features, name="lin")(x)
         weight = nn.softmax(nn.Dense(features, name="sof")(x), axis=1)
         return (value * weight).sum(axis=1)
+
+
+def mean_pooling(x: Array) -> Array:
+    """Mean over time: [B, time, C] → [B, C]."""
+    return x.mean(axis=1)
+
+
+def statistics_pooling(x: Array) -> Array:
+    """Mean and standard deviation over time: [B, time, C] → [B, 2·C], as in x-vectors (Snyder et al., ICASSP 2018).
+
+    The deviation is ``sqrt(var + 1e-5)``, var that of the population: where nothing changes, a bare root has no gradient.
+    """
+    mean = x.mean(axis=1)
+    # squares of what is left after the mean is taken off: never below 0, and no digits are lost
+    variance = jnp.square(x - mean[:, None]).mean(axis=1)
+    return jnp.concatenate([mean, jnp.sqrt(variance + 1e-5)], axis=-1)

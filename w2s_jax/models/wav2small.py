@@ -1,6 +1,8 @@
 """Wav2Small, the 72K-parameter student of arXiv 2408.13920, and its later 17K variant.
 
-Sizes and layer order follow the paper's public text and audEERING's public model cards; parameter counts are tests.
+Sizes and layer order follow the paper's public text and audEERING's public model cards; parameter counts are tests. Every size
+is a field: the defaults are the published networks, other values are for the search after better ones, as in
+experiments/variants.py.
 """
 
 from __future__ import annotations
@@ -9,20 +11,36 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
+from w2s_jax.artifacts import UsageError
 from w2s_jax.models.frontend import LogMel, normalise
 from w2s_jax.models.norm import BatchNorm
-from w2s_jax.models.pooling import AttentionPooling
+from w2s_jax.models.pooling import POOLINGS, AttentionPooling, mean_pooling, statistics_pooling
+
+
+def _check(module: nn.Module) -> None:
+    """Refuse fields of the trunk that make no network."""
+    for name, least in (("channels", 1), ("before", 1), ("after", 0), ("kernel", 1), ("stride", 1)):
+        value = getattr(module, name)
+        # at least one block before the pool: _halve relies on what a ReLU has left
+        if not isinstance(value, int) or value < least:
+            raise UsageError(f"{name} is {value!r}; expected a whole number of at least {least}")
+    if module.kernel % 2 == 0:
+        raise UsageError(f"kernel is {module.kernel}; expected an odd number, which has a middle")
 
 
 class ConvBlock(nn.Module):
-    """3×3 convolution without bias, BatchNorm, ReLU over an image [B, time, mel, C] → [B, time, mel, channels]."""
+    """Convolution without bias, BatchNorm, ReLU: [B, time, mel, C] → [B, ⌈time/stride⌉, ⌈mel/stride⌉, channels]."""
 
     channels: int
+    kernel: int = 3
+    stride: int = 1
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        x = nn.Conv(self.channels, (3, 3), padding=1, use_bias=False, name="conv")(x)
+        size, stride = (self.kernel, self.kernel), (self.stride, self.stride)
+        # as many zeros on both ends, as in PyTorch; "SAME" would pad less before than after where the stride is even
+        x = nn.Conv(self.channels, size, stride, padding=self.kernel // 2, use_bias=False, name="conv")(x)
         return BatchNorm(True, self.axis_name, name="norm")(x, train)
 
 
@@ -42,76 +60,109 @@ def _halve(x: Array, axis: int) -> Array:
     return jnp.maximum(jnp.maximum(even, odd), before)
 
 
-class VGG7(nn.Module):
-    """Seven convolution blocks with one 3×3 stride-2 max pool after the third: [B, time, mel, 1] → [B, time/2, mel/2, C]."""
+class VGG(nn.Module):
+    """Convolution blocks l1, l2, … with one 3×3 stride-2 max pool among them: [B, time, mel, 1] → [B, t, m, channels].
+
+    t is ⌈⌈time/stride⌉/2⌉, and m likewise. The published trunk is the default, seven blocks of which three are before the pool.
+
+    Attributes:
+        channels: of every block.
+        before: blocks before the pool, at least 1.
+        after: blocks behind it, at least 0.
+        kernel: odd size of the blocks' convolutions.
+        stride: of the first convolution, over time and mel alike.
+        axis_name: of a pmap, for BatchNorm.
+    """
 
     channels: int = 13
+    before: int = 3
+    after: int = 4
+    kernel: int = 3
+    stride: int = 1
     axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        for layer in range(1, 8):
-            x = ConvBlock(self.channels, self.axis_name, name=f"l{layer}")(x, train)
-            if layer == 3:
+        for layer in range(1, self.before + self.after + 1):
+            stride = self.stride if layer == 1 else 1
+            x = ConvBlock(self.channels, self.kernel, stride, self.axis_name, name=f"l{layer}")(x, train)
+            if layer == self.before:
                 # PyTorch's MaxPool2d(3, 2, 1); what comes out of a ReLU is never below the zeros that pad it
                 x = _halve(_halve(x, 2), 1)
         return x
 
 
-class Wav2Small(nn.Module):
-    """Wav2Small 72K: float32 16 kHz waveforms [B, T], T ≥ n_fft → logits [B, dimensions].
-
-    67,577 trained parameters and 5,082 fixed ones in the front end. Each utterance is normalised inside the network, so
-    the level of a recording does not matter. The outputs are not clipped.
-    """
+class Wav2SmallStudent(nn.Module):
+    """What both students share: front end and trunk. ``before``, ``after``, ``kernel`` and ``stride`` are those of ``VGG``."""
 
     dimensions: int = 3
     channels: int = 13
     n_fft: int = 64
     hop: int = 32
     n_mels: int = 26
+    before: int = 3
+    after: int = 4
+    kernel: int = 3
+    stride: int = 1
     axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)  # here too, so that ``build`` refuses before anything is traced
+        super().__post_init__()
 
     @property
     def minimum_samples(self) -> int:
         """The shortest input: one frame."""
         return self.n_fft
 
+    @nn.nowrap
+    def features(self, wave: Array, train: bool) -> Array:
+        """Waveforms [B, T] → the trunk's image [B, time, mel, channels]; only to be called in ``__call__``."""
+        image = LogMel(self.n_fft, self.hop, self.n_mels, name="logmel")(normalise(wave))
+        trunk = VGG(self.channels, self.before, self.after, self.kernel, self.stride, self.axis_name, name="vgg7")
+        return trunk(image[..., None], train)
+
+
+class Wav2Small(Wav2SmallStudent):
+    """Wav2Small 72K: float32 16 kHz waveforms [B, T], T ≥ n_fft → logits [B, dimensions].
+
+    67,577 trained parameters and 5,082 fixed ones in the front end. Each utterance is normalised inside the network, so
+    the level of a recording does not matter. The outputs are not clipped.
+
+    ``pooling`` over time is "attention" as published, "mean", or "statistics" (mean and standard deviation).
+    """
+
+    pooling: str = "attention"
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise UsageError(f"pooling is {self.pooling!r}; expected one of {', '.join(POOLINGS)}")
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, wave: Array, train: bool = False) -> Array:
-        image = LogMel(self.n_fft, self.hop, self.n_mels, name="logmel")(normalise(wave))
-        x = VGG7(self.channels, self.axis_name, name="vgg7")(image[..., None], train)
-        x = nn.Conv(self.channels, (1, 1), name="mix")(x)
+        x = nn.Conv(self.channels, (1, 1), name="mix")(self.features(wave, train))
         batch, time, mel, channels = x.shape
         # features are ordered (channel, mel), as in the PyTorch original, so that weights carry over unchanged
         tokens = x.transpose(0, 1, 3, 2).reshape(batch, time, channels * mel)
-        return nn.Dense(self.dimensions, name="adv")(AttentionPooling(name="pool")(tokens))
+        pool = {"mean": mean_pooling, "statistics": statistics_pooling}.get(self.pooling) or AttentionPooling(name="pool")
+        return nn.Dense(self.dimensions, name="adv")(pool(tokens))
 
 
-class Wav2Small17K(nn.Module):
+class Wav2Small17K(Wav2SmallStudent):
     """Wav2Small 2.0, 17K: float32 16 kHz waveforms [B, T], T ≥ n_fft → logits [B, dimensions].
 
     The same trunk; attention pooling keeps a matrix X (channels × mel), and the output layer sees [X, X·Xᵀ]. 10,806 trained
     parameters and 5,082 fixed ones with three dimensions.
     """
 
-    dimensions: int = 3
-    channels: int = 13
-    n_fft: int = 64
-    hop: int = 32
-    n_mels: int = 26
-    axis_name: str | None = None
-
-    @property
-    def minimum_samples(self) -> int:
-        """The shortest input: one frame."""
-        return self.n_fft
-
     @nn.compact
     def __call__(self, wave: Array, train: bool = False) -> Array:
-        image = LogMel(self.n_fft, self.hop, self.n_mels, name="logmel")(normalise(wave))
-        x = VGG7(self.channels, self.axis_name, name="vgg7")(image[..., None], train)
-        x = AttentionPooling(name="pool")(x).transpose(0, 2, 1)  # [B, channels, mel]
+        x = AttentionPooling(name="pool")(self.features(wave, train)).transpose(0, 2, 1)  # [B, channels, mel]
         gram = x @ x.transpose(0, 2, 1)
         features = jnp.concatenate([x, gram], axis=2).reshape(x.shape[0], -1)
         return nn.Dense(self.dimensions, name="adv")(features)
