@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from w2s_jax import checkpoint, models
+from w2s_jax import bench, checkpoint, models
 from w2s_jax.artifacts import UsageError, W2SError
 from w2s_jax.runtime import Predictor
 
@@ -97,9 +97,9 @@ def exported(place, waves):
 @pytest.mark.parametrize("block", [1, 16])
 def test_inference_form_equals_the_trained_module(place, waves, block):
     student, variables, _ = checkpoint.load_student(place / "run")
-    forward, apply = jax.jit(deploy.deploy(student, variables, block)), jax.jit(student.apply)
+    (forward, weights), apply = deploy.deploy(student, variables, block), jax.jit(student.apply)
     for wave in (waves[0], 0 * waves[0], waves[1][: student.n_fft]):
-        np.testing.assert_allclose(forward(wave[None]), apply(variables, wave[None]), atol=2e-5)
+        np.testing.assert_allclose(jax.jit(forward)(weights, wave[None]), apply(variables, wave[None]), atol=2e-5)
 
 
 def test_report(exported):
@@ -144,6 +144,23 @@ def test_int8_follows_fp32(exported, waves):
     assert np.abs(np.subtract(*values)).mean() < 0.2 * spread
     if report["files"]["model.onnx"] > 200_000:  # the other one is mostly Fourier kernels
         assert report["files"]["model.int8.onnx"] < 0.4 * report["files"]["model.onnx"]
+
+
+def test_macs_are_those_of_the_paper(exported):
+    place, _ = exported
+    config = json.loads((place / "run" / "student" / "config.json").read_text())
+    counted = bench.count(place / "model" / "model.onnx", seconds=5.0)
+    student, *_ = checkpoint.load_student(place / "run")
+    assert counted["uncounted"] == []
+    if config["student"] == "wav2small":
+        # by hand; the zero sine rows and the 1×1 convolution are folded away, and the mel matrix adds up re² and im²
+        frames, after = 2499, 1250
+        full, half = frames * 26 * 9, after * 13 * 9
+        front = frames * 64 * 64 + frames * 64 * 26
+        assert counted["macs"] == front + full * 13 + 2 * full * 169 + 4 * half * 169 + 2 * after * 169 * 169 + 169 * 3
+        assert counted["macs"] == pytest.approx(0.39e9, rel=0.01)
+    else:
+        assert counted["macs"] == pytest.approx(models.macs(student), rel=0.03)
 
 
 def test_file_describes_itself(exported):
@@ -198,8 +215,8 @@ def small(tmp_path_factory, waves):
 
 def test_no_parity_no_directory(small, tmp_path, monkeypatch):
     def wrong(student, variables, block=1):
-        right = deploy.deploy(student, variables, block)
-        return lambda wave: right(wave) + 2e-4
+        right, weights = deploy.deploy(student, variables, block)
+        return lambda weights, wave: right(weights, wave) + 2e-4, weights
 
     monkeypatch.setattr(package, "deploy", wrong)
     with pytest.raises(W2SError, match=r"differ by 0.0002.* samples of noise; the limit is 1e-04, nothing was written"):
@@ -279,6 +296,6 @@ def test_any_other_student_is_exported_as_it_is():
 
     student, noise = Other(), [np.random.default_rng(n).normal(size=4000 + n).astype(np.float32) for n in range(3)]
     variables = student.init(jax.random.key(0), jnp.zeros((1, 4000)))
-    model, _ = graph.simplify(graph.convert(deploy.deploy(student, variables), 2, 64), noise)
+    model, _ = graph.simplify(graph.convert(*deploy.deploy(student, variables), 2, 64), noise)
     expected = [np.asarray(student.apply(variables, wave[None]))[0] for wave in noise]
     np.testing.assert_allclose(graph.run(model, noise), expected, atol=1e-5)

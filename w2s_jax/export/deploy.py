@@ -5,7 +5,8 @@ Every folding is exact up to float32 rounding; ``export_student`` proves it agai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,248 +14,316 @@ import numpy as np
 from jax import Array, lax
 from jax.nn import hard_sigmoid, relu
 
+from w2s_jax.models.cnn14 import CNN14
 from w2s_jax.models.frontend import MEL_FLOOR, normalise
 from w2s_jax.models.mobilenet import Bottleneck, Conv, Fused, MobileNetStudent, Separable, Universal
 from w2s_jax.models.wav2small import Wav2Small, Wav2Small17K
 
-Forward = Callable[[Array], Array]
+#: (weights, float32 [1, T]) → [1, dimensions]; and of its layers: (weights, x) → y.
+Forward = Callable[[Sequence[Array], Array], Array]
 
 #: The front end leaves natural logarithms; this turns them into dB.
 DECIBEL = 10 / np.log(10)
 
 
-def deploy(student: nn.Module, variables: dict, block: int = 1) -> Forward:
-    """The function to export for a student: float32 [1, T] → logits [1, dimensions].
+class Weights(list):
+    """The arrays of an inference form, float32. Layers remember places in it instead of arrays, so that the arrays can be
+    inputs of a graph while it is converted: as constants, every tool on the way would copy them."""
+
+    def keep(self, array: np.ndarray) -> int:
+        """The place of one more array."""
+        self.append(np.ascontiguousarray(array, np.float32))
+        return len(self) - 1
+
+
+def deploy(student: nn.Module, variables: dict, block: int = 1) -> tuple[Forward, list]:
+    """The function to export for a student, and its weights.
 
     Args:
         student, variables: as ``checkpoint.load_student`` returns them.
-        block: the channels between the trunk's layers are filled with zeros up to a multiple of it, which changes no result.
-            onnxruntime's int8 convolution has a fast kernel for multiples of 16 only.
+        block: the channels between the layers of a Wav2Small trunk are filled with zeros up to a multiple of it, which changes
+            no result. onnxruntime's int8 convolution has a fast kernel for multiples of 16 only. Other students' channels are
+            left as they are.
 
     Returns:
-        A pure function. A student without an inference form of its own gets ``student.apply``.
+        A pure function ``forward(weights, wave)``, float32 [1, T] → logits [1, dimensions], and the weights. A student without
+        an inference form of its own gets ``student.apply`` and its variables.
     """
-    if isinstance(student, Wav2Small):
-        return _wav2small(student, variables, block)
-    if isinstance(student, Wav2Small17K):
-        return _wav2small_17k(student, variables, block)
-    if isinstance(student, MobileNetStudent):
-        return _mobilenet(student, variables)
-    return lambda wave: student.apply(variables, wave)
+    weights = Weights()
+    match student:
+        case Wav2Small():
+            forward = _wav2small(student, variables, block, weights)
+        case Wav2Small17K():
+            forward = _wav2small_17k(student, variables, block, weights)
+        case MobileNetStudent():
+            forward = _mobilenet(student, variables, weights)
+        case CNN14():
+            forward = _cnn14(student, variables, weights)
+        case _:
+            return student.apply, variables
+    return forward, list(weights)
 
 
-def _wav2small(student: Wav2Small, variables: dict, block: int) -> Forward:
+def _wav2small(student: Wav2Small, variables: dict, block: int, weights: Weights) -> Forward:
     params = _float64(variables["params"])
-    trunk = _trunk(student, variables, block)
-    mix, pool, adv = params["mix"], params["pool"], params["adv"]
-    channels = student.channels
-    mels = pool["lin"]["kernel"].shape[0] // channels
-    # tokens are ordered (channel, mel): the 1×1 convolution acts on them as this matrix, and folds into both dense layers
-    spread = np.kron(mix["kernel"][0, 0], np.eye(mels))
-    value = spread @ pool["lin"]["kernel"]
-    # a bias in front of a softmax over time changes nothing; weights that sum to one pass a bias through to the output layer
-    score = spread @ pool["sof"]["kernel"]
-    bias = np.repeat(mix["bias"], mels) @ pool["lin"]["kernel"] + pool["lin"]["bias"]
-    value, score, head, head_bias = _float32(
-        _pointwise(value), _pointwise(score), adv["kernel"], bias @ adv["kernel"] + adv["bias"]
-    )
+    trunk = _trunk(student, variables, block, weights)
+    mix, adv = params["mix"], params["adv"]
+    if student.pooling == "attention":
+        lin, sof = params["pool"]["lin"], params["pool"]["sof"]
+        mels = lin["kernel"].shape[0] // student.channels
+        # tokens are ordered (channel, mel): the 1×1 convolution acts on them as this matrix, and folds into both dense layers
+        spread = np.kron(mix["kernel"][0, 0], np.eye(mels))
+        bias = np.repeat(mix["bias"], mels) @ lin["kernel"] + lin["bias"]
+        pool = _attention(
+            {"lin": {"kernel": spread @ lin["kernel"], "bias": bias}, "sof": {"kernel": spread @ sof["kernel"]}}, adv, weights
+        )
+        return lambda w, wave: pool(w, _tokens(trunk(w, wave)))
 
-    def forward(wave: Array) -> Array:
-        tokens = trunk(wave).reshape(1, channels * mels, 1, -1)
-        return _pool(_convolve(tokens, value), _convolve(tokens, score)) @ head + head_bias
+    mixed = _pointwise(mix["kernel"][0, 0], mix["bias"], weights)
+    output = _dense(adv, weights)
+
+    def forward(w: Sequence[Array], wave: Array) -> Array:
+        tokens = _tokens(mixed(w, trunk(w, wave)))
+        mean = _mean(tokens, (3,))
+        if student.pooling == "mean":
+            return output(w, mean.reshape(1, -1))
+        deviation = jnp.sqrt(_mean(jnp.square(tokens - mean), (3,)) + 1e-5)  # as models.pooling has it
+        return output(w, jnp.concatenate([mean.reshape(1, -1), deviation.reshape(1, -1)], axis=1))
 
     return forward
 
 
-def _wav2small_17k(student: Wav2Small17K, variables: dict, block: int) -> Forward:
+def _wav2small_17k(student: Wav2Small17K, variables: dict, block: int, weights: Weights) -> Forward:
     params = _float64(variables["params"])
-    trunk = _trunk(student, variables, block)
-    pool, adv = params["pool"], params["adv"]
-    channels = student.channels
-    value, score = _float32(_pointwise(pool["lin"]["kernel"]), _pointwise(pool["sof"]["kernel"]))
-    bias, head, head_bias = _float32(pool["lin"]["bias"][:, None], adv["kernel"], adv["bias"])
+    trunk = _trunk(student, variables, block, weights)
+    lin, sof = params["pool"]["lin"], params["pool"]["sof"]
+    value, score = (_pointwise(part["kernel"], None, weights) for part in (lin, sof))
+    bias, output = weights.keep(lin["bias"][:, None]), _dense(params["adv"], weights)
 
-    def forward(wave: Array) -> Array:
-        image = trunk(wave)
-        mels = image.shape[2]
-        values, scores = (_convolve(image, kernel).reshape(1, channels * mels, 1, -1) for kernel in (value, score))
-        x = _pool(values, scores).reshape(channels, mels) + bias  # not foldable: the products below are quadratic
-        features = jnp.concatenate([x, x @ x.T], axis=1).reshape(1, -1)
-        return features @ head + head_bias
+    def forward(w: Sequence[Array], wave: Array) -> Array:
+        image = trunk(w, wave)
+        values, scores = _tokens(value(w, image)), _tokens(score(w, image))
+        x = _softmax_mean(values, scores).reshape(student.channels, -1) + w[bias]  # not foldable: the products are quadratic
+        return output(w, jnp.concatenate([x, x @ x.T], axis=1).reshape(1, -1))
 
     return forward
 
 
-def _mobilenet(student: MobileNetStudent, variables: dict) -> Forward:
+def _mobilenet(student: MobileNetStudent, variables: dict, weights: Weights) -> Forward:
     params, stats = _float64(variables["params"]), _float64(variables["batch_stats"]["trunk"])
-    image = _log_mel(student, variables)
     stages = enumerate(student.architecture.stages)
     rows = [(f"stage{stage}_{number}", row) for stage, rows in stages for number, row in enumerate(rows)]
+    stem = partial(_layer, scale=DECIBEL)
     layers = [
-        _layer(params["trunk"]["stem"], stats["stem"], student.architecture.stem, decibel=True),
-        *(_row(params["trunk"][name], stats[name], row) for name, row in rows),
+        _log_mel(student, variables, weights),
+        stem(params["trunk"]["stem"], stats["stem"], student.architecture.stem, weights),
+        *(_row(params["trunk"][name], stats[name], row, weights) for name, row in rows),
     ]
-    pool, adv = params["pool"], params["adv"]
-    value, score, head, head_bias = _float32(
-        _pointwise(pool["lin"]["kernel"]),
-        _pointwise(pool["sof"]["kernel"]),
-        adv["kernel"],
-        pool["lin"]["bias"] @ adv["kernel"] + adv["bias"],
-    )
+    pool = _attention(params["pool"], params["adv"], weights)
 
-    def forward(wave: Array) -> Array:
-        x = image(wave)
+    def forward(w: Sequence[Array], x: Array) -> Array:
         for layer in layers:
-            x = layer(x)
-        tokens = x.reshape(1, x.shape[1], 1, -1)  # the pooling does not care for the order of the places
-        return _pool(_convolve(tokens, value), _convolve(tokens, score)) @ head + head_bias
+            x = layer(w, x)
+        return pool(w, x.reshape(1, x.shape[1], 1, -1))  # the pooling does not care for the order of the places
 
     return forward
 
 
-def _row(params: dict, stats: dict, row) -> Forward:
+def _row(params: dict, stats: dict, row, weights: Weights) -> Forward:
     """One row of a MobileNet's table: ``mobilenet.Block`` with its BatchNorms folded."""
 
     def folded(name: str, kernel: int = 1, stride: int = 1, activation=None) -> Forward:
-        return _layer(params[name], stats[name], Conv(kernel, stride, 0, activation))
+        return _layer(params[name], stats[name], Conv(kernel, stride, 0, activation), weights)
 
     match row:
         case Conv():
-            return folded("conv", *row[:2], row.activation)
+            return folded("conv", row.kernel, row.stride, row.activation)
         case Separable():
-            layers = [folded("depthwise", *row[:2], row.activation)]
+            layers = [folded("depthwise", row.kernel, row.stride, row.activation)]
         case Bottleneck():
-            layers = [folded("expand", activation=row.activation), folded("depthwise", *row[:2], row.activation)]
+            layers = [
+                folded("expand", activation=row.activation),
+                folded("depthwise", row.kernel, row.stride, row.activation),
+            ]
         case Fused():
-            layers = [folded("expand", *row[:2], relu)]
+            layers = [folded("expand", row.kernel, row.stride, relu)]
         case Universal():
             layers = [folded("before", row.before, 1 if row.middle else row.stride)] if row.before else []
             layers += [folded("expand", activation=relu)]
             layers += [folded("middle", row.middle, row.stride, relu)] if row.middle else []
     if getattr(row, "squeeze", False):
-        layers.append(_squeeze(params["squeeze"]))
+        layers.append(_squeeze(params["squeeze"], weights))
     layers.append(folded("project"))
 
-    def forward(x: Array) -> Array:
+    def forward(w: Sequence[Array], x: Array) -> Array:
         y = x
         for layer in layers:
-            y = layer(y)
+            y = layer(w, y)
         return y + x if row.stride == 1 and y.shape[1] == x.shape[1] else y
 
     return forward
 
 
-def _layer(params: dict, stats: dict, row: Conv, decibel: bool = False) -> Forward:
-    """``mobilenet.ConvNorm`` with its BatchNorm folded; with ``decibel`` its input is in natural logarithms."""
-    kernel, bias = _fold(params["conv"]["kernel"], params["norm"], stats["norm"])
-    kernel, bias = _float32(kernel * (DECIBEL if decibel else 1), bias[:, None, None])
-    padding = (row.kernel - 1) // 2
-
-    def forward(x: Array) -> Array:
-        groups = x.shape[1] // kernel.shape[1]
-        x = _convolve(x, kernel, padding, row.stride, groups) + bias
-        return x if row.activation is None else row.activation(x)
-
-    return forward
-
-
-def _squeeze(params: dict) -> Forward:
+def _squeeze(params: dict, weights: Weights) -> Forward:
     """``mobilenet.SqueezeExcite``."""
-    (reduce, reduce_bias), (expand, expand_bias) = (
-        _float32(_pointwise(params[name]["kernel"][0, 0]), params[name]["bias"][:, None, None]) for name in ("reduce", "expand")
-    )
+    reduce, expand = (_pointwise(params[name]["kernel"][0, 0], params[name]["bias"], weights) for name in ("reduce", "expand"))
+    return lambda w, x: x * hard_sigmoid(expand(w, relu(reduce(w, _mean(x, (2, 3))))))
 
-    def forward(x: Array) -> Array:
-        # places are counted by a sum: as a number they would be arithmetic on the length, which jax2tf writes out at length
-        mean = x.sum(axis=(2, 3), keepdims=True) / (0 * x + 1).sum(axis=(2, 3), keepdims=True)
-        gate = jnp.maximum(_convolve(mean, reduce) + reduce_bias, 0)
-        return x * hard_sigmoid(_convolve(gate, expand) + expand_bias)
+
+def _cnn14(student: CNN14, variables: dict, weights: Weights) -> Forward:
+    params, stats = _float64(variables["params"]), _float64(variables["batch_stats"])
+    image = _log_mel(student, variables, weights)
+    scale = params["norm"]["scale"] / np.sqrt(stats["norm"]["var"] + 1e-5)
+    shift = params["norm"]["bias"] - stats["norm"]["mean"] * scale
+    # per mel band, and padded with zeros afterwards: the first convolution cannot take it over
+    scale, shift = (weights.keep(row[:, None]) for row in (scale * DECIBEL, shift))
+    names = [f"{block}_{layer}" for block in range(1, 7) for layer in (1, 2)]
+    layers = [
+        _layer({"conv": params[f"conv{name}"], "norm": params[f"norm{name}"]}, {"norm": stats[f"norm{name}"]},
+               Conv(3, 1, 0, relu), weights)
+        for name in names
+    ]  # fmt: skip
+    dense, output = _dense(params["dense"], weights), _dense(params["adv"], weights)
+
+    def forward(w: Sequence[Array], wave: Array) -> Array:
+        x = image(w, wave) * w[scale] + w[shift]
+        for name, layer in zip(names, layers, strict=True):
+            x = layer(w, x)
+            if name.endswith("_2") and name != names[-1]:
+                x = _window(x, 0.0, lax.add, 2) / 4
+        x = x.mean(axis=2, keepdims=True)
+        features = x.max(axis=3) + _mean(x, (3,)).reshape(1, -1, 1)
+        return output(w, relu(dense(w, features.reshape(1, -1))))
 
     return forward
 
 
-def _trunk(student: Wav2Small | Wav2Small17K, variables: dict, block: int) -> Forward:
+def _trunk(student: Wav2Small | Wav2Small17K, variables: dict, block: int, weights: Weights) -> Forward:
     """Waveform [1, T] → the last ReLU image [1, channels, mel, time], as both students share it."""
     params, stats = _float64(variables["params"]["vgg7"]), _float64(variables["batch_stats"]["vgg7"])
-    image = _log_mel(student, variables)
-    layers = []
-    for layer in range(1, 8):
-        kernel, bias = _fold(params[f"l{layer}"]["conv"]["kernel"], params[f"l{layer}"]["norm"], stats[f"l{layer}"]["norm"])
-        if layer == 1:
-            kernel = kernel * DECIBEL
-        outputs = 0 if layer == 7 else -kernel.shape[0] % block
-        inputs = 0 if layer == 1 else -kernel.shape[1] % block
-        kernel = np.pad(kernel, ((0, outputs), (0, inputs), (0, 0), (0, 0)))
-        layers.append(_float32(kernel, np.pad(bias, (0, outputs))[:, None, None]))
+    image = _log_mel(student, variables, weights)
+    depth = student.before + student.after
+    layers = [
+        _layer(
+            params[f"l{layer}"],
+            stats[f"l{layer}"],
+            Conv(student.kernel, student.stride if layer == 1 else 1, 0, relu),
+            weights,
+            scale=DECIBEL if layer == 1 else 1,
+            inputs=1 if layer == 1 else block,
+            outputs=1 if layer == depth else block,
+        )
+        for layer in range(1, depth + 1)
+    ]
 
-    def forward(wave: Array) -> Array:
-        x = image(wave)
-        for layer, (kernel, bias) in enumerate(layers, start=1):
-            x = jnp.maximum(_convolve(x, kernel, padding=1) + bias, 0)
-            if layer == 3:
-                x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
-                x = x.transpose(0, 2, 3, 1)  # jax2tf's graph mode pools in this layout only; tf2onnx undoes it
-                x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
-                x = x.transpose(0, 3, 1, 2)
+    def forward(w: Sequence[Array], wave: Array) -> Array:
+        x = image(w, wave)
+        for number, layer in enumerate(layers, start=1):
+            x = layer(w, x)
+            if number == student.before:
+                x = _window(jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))), -jnp.inf, lax.max, 3)
         return x
 
     return forward
 
 
-def _log_mel(student: nn.Module, variables: dict) -> Forward:
-    """Waveform [1, T] → natural logarithm of the mel power, [1, 1, mel, time]; the first convolution turns it into dB.
+def _log_mel(student: nn.Module, variables: dict, weights: Weights) -> Forward:
+    """Waveform [1, T] → natural logarithm of the mel power, [1, 1, mel, time]; the next layer has to turn it into dB.
 
-    Rows along time everywhere: long rows suit every kernel, and no layout ever changes between the operators.
+    Rows along time from here on: long rows suit every kernel, and no layout ever changes between the operators.
     """
     frontend = _float64(variables["frontend"]["logmel"])
     fourier = np.concatenate([frontend["real"], frontend["imag"]], axis=1)
     mel = np.concatenate([frontend["mel"], frontend["mel"]])  # the matrix product also adds re² and im²
     heard = np.abs(fourier).max(axis=0) > 1e-9  # the sine rows of the first and last bin are zero
-    fourier, mel = _float32(fourier.T[heard][:, None, None, :], _pointwise(mel[heard]))
+    fourier, mel = weights.keep(fourier.T[heard][:, None, None, :]), _pointwise(mel[heard], None, weights)
 
-    def forward(wave: Array) -> Array:
-        spectrum = _convolve(normalise(wave).reshape(1, 1, 1, -1), fourier, stride=(1, student.hop))
-        power = _convolve(spectrum * spectrum, mel)
-        return jnp.log(jnp.maximum(power, MEL_FLOOR)).reshape(1, 1, student.n_mels, -1)
+    def forward(w: Sequence[Array], wave: Array) -> Array:
+        spectrum = _convolve(normalise(wave).reshape(1, 1, 1, -1), w[fourier], stride=(1, student.hop))
+        return jnp.log(jnp.maximum(mel(w, spectrum * spectrum), MEL_FLOOR)).reshape(1, 1, student.n_mels, -1)
 
     return forward
 
 
-def _fold(kernel: np.ndarray, norm: dict, moments: dict) -> tuple[np.ndarray, np.ndarray]:
-    """A convolution [time, mel, in, out] and the BatchNorm after it: kernel [out, in, mel, time] and bias [out]."""
-    scale = norm["scale"] / np.sqrt(moments["var"] + 1e-5)  # epsilon of models.norm.BatchNorm
-    return kernel.transpose(3, 2, 1, 0) * scale[:, None, None, None], norm["bias"] - moments["mean"] * scale
+def _layer(params: dict, stats: dict, row: Conv, weights: Weights, scale: float = 1, inputs: int = 1, outputs: int = 1):
+    """Convolution, BatchNorm and activation, the BatchNorm folded.
+
+    ``scale`` is that of the input; input and output channels are filled with zeros up to multiples of ``inputs``, ``outputs``.
+    """
+    factor = params["norm"]["scale"] / np.sqrt(stats["norm"]["var"] + 1e-5)  # epsilon of models.norm.BatchNorm and nn.BatchNorm
+    bias = params["norm"]["bias"] - stats["norm"]["mean"] * factor
+    kernel = params["conv"]["kernel"].transpose(3, 2, 1, 0)  # [time, mel, in, out] → [out, in, mel, time]
+    kernel = kernel * (scale * factor)[:, None, None, None]
+    more = -len(kernel) % outputs
+    kernel = np.pad(kernel, ((0, more), (0, -kernel.shape[1] % inputs), (0, 0), (0, 0)))
+    kernel, bias = weights.keep(kernel), weights.keep(np.pad(bias, (0, more))[:, None, None])
+
+    def forward(w: Sequence[Array], x: Array) -> Array:
+        groups = x.shape[1] // w[kernel].shape[1]
+        x = _convolve(x, w[kernel], (row.kernel - 1) // 2, (row.stride, row.stride), groups) + w[bias]
+        return x if row.activation is None else row.activation(x)
+
+    return forward
 
 
-def _convolve(
-    x: Array, kernel: np.ndarray, padding: int = 0, stride: int | tuple[int, int] = 1, groups: int = 1
-) -> Array:
-    """[1, in, height, time] with a kernel [out, in / groups, height, time] → [1, out, height / stride, time / stride]."""
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        stride if isinstance(stride, tuple) else (stride, stride),
-        [(padding, padding)] * 2,
-        dimension_numbers=("NCHW", "OIHW", "NCHW"),
-        feature_group_count=groups,
-    )
+def _attention(pool: dict, adv: dict, weights: Weights) -> Forward:
+    """Attention pooling of tokens [1, C, 1, places], and the output layer → [1, dimensions]."""
+    value, score = (_pointwise(pool[part]["kernel"], None, weights) for part in ("lin", "sof"))
+    # a bias in front of a softmax changes nothing; weights that sum to one pass a bias through to the output layer
+    output = _dense({"kernel": adv["kernel"], "bias": pool["lin"]["bias"] @ adv["kernel"] + adv["bias"]}, weights)
+    return lambda w, tokens: output(w, _softmax_mean(value(w, tokens), score(w, tokens)))
 
 
-def _pointwise(kernel: np.ndarray) -> np.ndarray:
-    """A dense kernel [in, out] as that of a 1×1 convolution, [out, in, 1, 1]."""
-    return kernel.T[:, :, None, None]
-
-
-def _pool(value: Array, score: Array) -> Array:
+def _softmax_mean(value: Array, score: Array) -> Array:
     """Softmax-weighted mean over time, divided once at the end: two times [1, features, 1, time] → [1, features]."""
     weight = jnp.exp(score - score.max(axis=3, keepdims=True))
     return ((value * weight).sum(axis=3) / weight.sum(axis=3)).reshape(1, -1)
 
 
+def _tokens(image: Array) -> Array:
+    """[1, channels, mel, time] → [1, channels · mel, 1, time]."""
+    return image.reshape(1, image.shape[1] * image.shape[2], 1, -1)
+
+
+def _mean(x: Array, axes: tuple[int, ...]) -> Array:
+    """The mean over axes whose sizes depend on the length, which are kept as 1.
+
+    The places are counted by a sum: as a number they would be arithmetic on the length, which jax2tf writes out at length. The
+    pass ``average_pool`` makes one operator of it.
+    """
+    return x.sum(axis=axes, keepdims=True) / (0 * x + 1).sum(axis=axes, keepdims=True)
+
+
+def _window(x: Array, initial: float, reduce: Callable, size: int) -> Array:
+    """Reduce windows of an image [1, C, mel, time], size × size with stride 2."""
+    x = x.transpose(0, 2, 3, 1)  # jax2tf's graph mode pools in this layout only; tf2onnx undoes it
+    x = lax.reduce_window(x, initial, reduce, (1, size, size, 1), (1, 2, 2, 1), "VALID")
+    return x.transpose(0, 3, 1, 2)
+
+
+def _pointwise(kernel: np.ndarray, bias: np.ndarray | None, weights: Weights) -> Forward:
+    """A dense layer [in, out] on the channels of [1, in, height, time], as a 1×1 convolution."""
+    kernel = weights.keep(kernel.T[:, :, None, None])
+    if bias is None:
+        return lambda w, x: _convolve(x, w[kernel])
+    bias = weights.keep(bias[:, None, None])
+    return lambda w, x: _convolve(x, w[kernel]) + w[bias]
+
+
+def _dense(params: dict, weights: Weights) -> Forward:
+    kernel, bias = weights.keep(params["kernel"]), weights.keep(params["bias"])
+    return lambda w, x: x @ w[kernel] + w[bias]
+
+
+def _convolve(
+    x: Array, kernel: Array, padding: int = 0, stride: tuple[int, int] = (1, 1), groups: int = 1
+) -> Array:  # fmt: skip
+    """[1, in, height, time] with a kernel [out, in / groups, height, time] → [1, out, height / stride, time / stride]."""
+    return lax.conv_general_dilated(
+        x, kernel, stride, [(padding, padding)] * 2, dimension_numbers=("NCHW", "OIHW", "NCHW"), feature_group_count=groups
+    )
+
+
 def _float64(tree: dict) -> dict:
     """Foldings multiply several parameters: do that in double precision, round once."""
     return {key: _float64(leaf) if isinstance(leaf, dict) else np.asarray(leaf, np.float64) for key, leaf in tree.items()}
-
-
-def _float32(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(np.asarray(array, np.float32) for array in arrays)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from w2s_jax.artifacts import UsageError, W2SError, missing_extra
+from w2s_jax.runtime.predictor import open_session
 
 #: Names of the only input and output.
 SIGNAL, LOGITS = "signal", "logits"
 OPSET = 17
-#: What a graph pass may change in an output, or of the largest output if that is above 1. Reordered float32 sums differ by less,
-#: a wrong rewrite by much more.
+#: What a graph pass may change in an output, as a share of the largest output if that is above 1. Reordered float32 sums
+#: differ by less, a wrong rewrite by much more.
 PASS_LIMIT = 2e-5
 
 
@@ -46,32 +47,49 @@ def require_tools() -> None:
                 raise missing_extra(error.name or package, "export") from error
 
 
-def convert(forward: Callable, outputs: int, minimum_samples: int):
+def convert(forward: Callable, weights, outputs: int, minimum_samples: int):
     """A JAX function as an ONNX model.
 
     Args:
-        forward: float32 [1, T] → [1, outputs], for every T from ``minimum_samples`` on.
+        forward: (weights, float32 [1, T]) → [1, outputs], for every T from ``minimum_samples`` on.
+        weights: a tree of arrays.
         outputs: how many.
         minimum_samples: the shortest T.
 
     Returns:
-        An ``onnx.ModelProto`` with input ``signal`` [1, time] and output ``logits`` [1, outputs]; only time is dynamic.
+        An ``onnx.ModelProto`` with input ``signal`` [1, time] and output ``logits`` [1, outputs]; only time is dynamic. What
+        does not depend on the input is computed already.
     """
     with _quiet():
+        import jax
         import onnx
         import tensorflow as tf
         import tf2onnx
         from jax.experimental import jax2tf
 
+        leaves, tree = jax.tree.flatten(weights)
+        # the weights are inputs until the graph is made: as constants, jax2tf, TensorFlow and tf2onnx would copy and rewrite
+        # them again and again (80 million of CNN14 needed more than 20 GB)
         graph = jax2tf.convert(
-            forward,
-            polymorphic_shapes=[f"(1, n + {minimum_samples - 1})"],  # n is at least 1: so the frame count is provably positive
+            lambda signal, *leaves: forward(jax.tree.unflatten(tree, leaves), signal),
+            # n is at least 1: so the frame count is provably positive
+            polymorphic_shapes=[f"(1, n + {minimum_samples - 1})", *[None] * len(leaves)],
             native_serialization=False,
             enable_xla=False,
         )
-        signature = [tf.TensorSpec([1, None], tf.float32, name=SIGNAL)]
-        function = tf.function(lambda signal: {LOGITS: graph(signal)}, input_signature=signature, autograph=False)
+        names = [f"weight{index}" for index in range(len(leaves))]
+        signature = [
+            tf.TensorSpec([1, None], tf.float32, name=SIGNAL),
+            *(tf.TensorSpec(leaf.shape, leaf.dtype, name=name) for name, leaf in zip(names, leaves, strict=True)),
+        ]
+        function = tf.function(lambda *inputs: {LOGITS: graph(*inputs)}, input_signature=signature, autograph=False)
         model, _ = tf2onnx.convert.from_function(function, input_signature=signature, opset=OPSET)
+    values = {name: onnx.numpy_helper.from_array(np.asarray(leaf), name) for name, leaf in zip(names, leaves, strict=True)}
+    ends = [end for end in model.graph.input if end.name not in values]
+    model.graph.initializer.extend(values[end.name] for end in model.graph.input if end.name in values)
+    del model.graph.input[:]
+    model.graph.input.extend(ends)
+    fold_constants(model)
     for value, name, shape in ((model.graph.input[0], SIGNAL, (1, "time")), (model.graph.output[0], LOGITS, (1, outputs))):
         if value.name != name:
             raise W2SError(f"tf2onnx named a graph end {value.name}, expected {name}")
@@ -91,13 +109,20 @@ def simplify(model, waves: Sequence[np.ndarray]):
         waves: float32 [T] each, on which a pass is judged.
 
     Returns:
-        The smaller model, and ``{pass name: largest change of an output}``; a pass over ``PASS_LIMIT`` is left out of the model
-        and shows in the dict with its change.
+        The smaller model, and ``{pass name: largest change of an output with it and those before it}``, one figure for all if
+        they are right together. A pass over ``PASS_LIMIT`` is left out of the model and shows in the dict with its change.
     """
     before = run(model, waves)
     largest = max(1.0, float(np.abs(before).max()))
-    changes = {}
-    for rewrite in (
+
+    def rewritten(*passes) -> tuple:
+        candidate = type(model)()
+        candidate.CopyFrom(model)
+        for rewrite in passes:
+            rewrite(candidate)
+        return candidate, float(np.abs(run(candidate, waves) - before).max() / largest)
+
+    passes = (
         settle_shapes,
         drop_identities,
         relu_from_max,
@@ -107,32 +132,56 @@ def simplify(model, waves: Sequence[np.ndarray]):
         hard_sigmoid,
         average_pool,
         drop_dead,
-    ):
-        candidate = type(model)()
-        candidate.CopyFrom(model)
-        rewrite(candidate)
-        changes[rewrite.__name__] = change = float(np.abs(run(candidate, waves) - before).max() / largest)
-        if change <= PASS_LIMIT:
+    )
+    candidate, change = rewritten(*passes)
+    if change <= PASS_LIMIT:
+        return candidate, {rewrite.__name__: change for rewrite in passes}
+    changes = {}
+    for rewrite in passes:  # one at a time, to leave out the one that is wrong
+        candidate, changes[rewrite.__name__] = rewritten(rewrite)
+        if changes[rewrite.__name__] <= PASS_LIMIT:
             model = candidate
     return model, changes
 
 
-def session(model, threads: int = 1):
-    """An onnxruntime session (CPU) for a ModelProto or the path of a file, without the arena: lengths vary."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = threads
-    options.enable_mem_pattern = options.enable_cpu_mem_arena = False
-    options.log_severity_level = 3
-    source = model.SerializeToString() if hasattr(model, "SerializeToString") else str(model)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+def session(model):
+    """An onnxruntime session (CPU, one thread) for a ModelProto, with the settings of ``Predictor``."""
+    return open_session(model.SerializeToString())[0]
 
 
 def run(model, waves: Sequence[np.ndarray]) -> np.ndarray:
     """Outputs of a model for each wave: list of [T] → [len(waves), outputs]."""
     one = session(model)
     return np.concatenate([one.run([LOGITS], {SIGNAL: wave[None]})[0] for wave in waves])
+
+
+def fold_constants(model) -> None:
+    """Compute what does not depend on the input: the transposed and reshaped weights."""
+    from onnx import numpy_helper
+
+    known = {constant.name for constant in model.graph.initializer}
+    constant = []
+    for node in model.graph.node:
+        if node.input and all(name in known for name in node.input if name):
+            known |= set(node.output)
+            constant.append(node)
+    if not constant:
+        return
+    made = {name for node in constant for name in node.output}
+    rest = [node for node in model.graph.node if not made & set(node.output)]
+    read = {name for node in rest for name in node.input} | {value.name for value in model.graph.output}
+    wanted = sorted(made & read)
+    part = type(model)()
+    part.CopyFrom(model)
+    for field, kept in (("node", constant), ("input", []), ("output", []), ("value_info", [])):
+        del getattr(part.graph, field)[:]
+        getattr(part.graph, field).extend(kept)
+    part.graph.output.extend(type(model.graph.output[0])(name=name) for name in wanted)
+    values = session(part).run(wanted, {})
+    del model.graph.node[:]
+    model.graph.node.extend(rest)
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in zip(wanted, values, strict=True))
+    drop_dead(model)
 
 
 def settle_shapes(model) -> None:
@@ -227,7 +276,7 @@ def padding_into_pool(model) -> None:
 
 
 def hard_sigmoid(model) -> None:
-    """Min(Relu(x + 3), 6) / 6 → HardSigmoid(x), one operator instead of four."""
+    """Min(Relu(x + 3), 6) / 6 → HardSigmoid(x), one operator instead of four; the 3 may be in the bias before already."""
     import onnx
 
     constants = _constants(model)
@@ -244,11 +293,12 @@ def hard_sigmoid(model) -> None:
 
     for node in model.graph.node:
         relu = producers.get(before(producers.get(before(node, "Mul", 1 / 6)), "Min", 6))
-        x = before(producers.get(relu.input[0]), "Add", 3) if relu is not None and relu.op_type == "Relu" else None
-        if x is not None:
+        if relu is not None and relu.op_type == "Relu":
+            x = before(producers.get(relu.input[0]), "Add", 3)
             node.op_type = "HardSigmoid"
-            node.input[:] = [x]
-            node.attribute.extend([onnx.helper.make_attribute("alpha", 1 / 6), onnx.helper.make_attribute("beta", 0.5)])
+            node.input[:] = [x or relu.input[0]]
+            beta = 0.5 if x else 0.0
+            node.attribute.extend([onnx.helper.make_attribute("alpha", 1 / 6), onnx.helper.make_attribute("beta", beta)])
 
 
 def average_pool(model) -> None:

@@ -18,7 +18,12 @@ from w2s_jax.metrics import ccc
 COVERAGE = (1.0, 0.9999, 0.999)
 
 
-def quantize(model, waves: Sequence[np.ndarray], progress: Callable[[str], object] | None = None):
+def quantize(
+    model,
+    waves: Sequence[np.ndarray],
+    progress: Callable[[str], object] | None = None,
+    coverages: Sequence[float] = COVERAGE,
+):
     """Quantise the convolutions behind the front end: activations to 8 bit unsigned, weights to 8 bit signed per channel.
 
     What stays in float, because eight bits destroy it: power, mel and logarithm, the first convolution (its input spans
@@ -28,6 +33,7 @@ def quantize(model, waves: Sequence[np.ndarray], progress: Callable[[str], objec
         model: an fp32 ModelProto as ``onnx.simplify`` leaves it.
         waves: float32 [T] each, real audio of the kind that the model will hear; lengths may differ.
         progress: called with a line of text now and then.
+        coverages: the candidates.
 
     Returns:
         The QDQ model, and a dict: ``coverage`` (the chosen one), ``candidates`` (coverage → worst CCC on ``waves``).
@@ -38,10 +44,10 @@ def quantize(model, waves: Sequence[np.ndarray], progress: Callable[[str], objec
     chosen = _eight_bit_nodes(model)
     if not chosen:
         raise W2SError("cannot quantise: the graph has no convolutions behind its log-mel front end")
-    ranges = _ranges(model, chosen, waves)
+    ranges = _ranges(model, chosen, waves, coverages)
     reference = run(model, waves)
     best, results = None, {}
-    for coverage in COVERAGE:
+    for coverage in coverages:
         candidate = _quantized(model, chosen, ranges[coverage])
         results[str(coverage)] = score = float(ccc(run(candidate, waves), reference).min())
         if progress:
@@ -65,7 +71,9 @@ def _eight_bit_nodes(model) -> list[str]:
     return [] if first else chosen
 
 
-def _ranges(model, chosen: Sequence[str], waves: Sequence[np.ndarray]) -> dict[float, dict[str, tuple[float, float]]]:
+def _ranges(
+    model, chosen: Sequence[str], waves: Sequence[np.ndarray], coverages: Sequence[float]
+) -> dict[float, dict[str, tuple[float, float]]]:
     """For each coverage, tensor → (low, high): the widest over all waves of the range that covers that share of a wave."""
     import onnx
 
@@ -74,23 +82,23 @@ def _ranges(model, chosen: Sequence[str], waves: Sequence[np.ndarray]) -> dict[f
     names = sorted({name for node in model.graph.node if node.name in chosen for name in (node.input[0], node.output[0])})
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     one = session(probe)
-    ranges = {coverage: dict.fromkeys(names, (0.0, 0.0)) for coverage in COVERAGE}  # zero padding must be exact: 0 is inside
+    ranges = {coverage: dict.fromkeys(names, (0.0, 0.0)) for coverage in coverages}  # zero padding must be exact: 0 is inside
     for wave in waves:
         for name, values in zip(names, one.run(names, {SIGNAL: wave[None]}), strict=True):
-            for coverage, (low, high) in _coverages(values.ravel()).items():
+            for coverage, (low, high) in _coverages(values.ravel(), coverages).items():
                 known = ranges[coverage][name]
                 ranges[coverage][name] = min(known[0], low), max(known[1], high)
     return ranges
 
 
-def _coverages(values: np.ndarray) -> dict[float, tuple[float, float]]:
+def _coverages(values: np.ndarray, coverages: Sequence[float]) -> dict[float, tuple[float, float]]:
     """For each coverage, lowest and highest of the values but a share ``1 - coverage``, taken from the outer end or ends."""
     signed = bool(values.min() < 0)  # after a Relu there is nothing to cut below
-    cuts = {coverage: int((1 - coverage) * values.size / (2 if signed else 1)) for coverage in COVERAGE}
+    cuts = {coverage: int((1 - coverage) * values.size / (2 if signed else 1)) for coverage in coverages}
     lows = {coverage: cut if signed else 0 for coverage, cut in cuts.items()}
     highs = {coverage: values.size - 1 - cut for coverage, cut in cuts.items()}
     ends = np.partition(values, sorted({*lows.values(), *highs.values()}))
-    return {coverage: (float(ends[lows[coverage]]), float(ends[highs[coverage]])) for coverage in COVERAGE}
+    return {coverage: (float(ends[lows[coverage]]), float(ends[highs[coverage]])) for coverage in coverages}
 
 
 def _quantized(model, chosen: Sequence[str], ranges: dict[str, tuple[float, float]]):

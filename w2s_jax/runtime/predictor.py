@@ -56,15 +56,7 @@ class Predictor:
         dimensions: Sequence[str] | None = None,
     ):
         self.path = _model_file(Path(path), kind)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
-        # both keep memory for every length they have seen
-        options.enable_mem_pattern = options.enable_cpu_mem_arena = False
-        options.log_severity_level = 4  # errors arrive as exceptions
-        try:
-            self._session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exception classes share no base and depend on the fault
-            raise W2SError(f"{self.path} is damaged or not an ONNX model: {_one_line(error)}") from error
+        self._session, _ = open_session(self.path, threads)
         outputs = self._check_ends()
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.dimensions = self._names(dimensions, outputs)
@@ -273,6 +265,33 @@ class _Ring:
 
     def last(self) -> np.ndarray:
         return self._held[max(0, self._filled - self.size) : self._filled]
+
+
+def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[onnxruntime.InferenceSession, str]:
+    """An onnxruntime session on the CPU whose memory does not grow with the lengths that it sees, and its name for messages.
+
+    Args:
+        source: an .onnx file, or its content.
+        threads: CPU threads per call.
+
+    Raises:
+        UsageError: no such file.
+        W2SError: the file is damaged.
+    """
+    content = isinstance(source, bytes)
+    name = "the model" if content else str(source)
+    if not content and not Path(source).is_file():
+        raise UsageError(f"no model at {name}: no such file")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads
+    # both keep memory for every length they have seen
+    options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+    options.log_severity_level = 4  # errors arrive as exceptions
+    try:
+        session = onnxruntime.InferenceSession(source if content else name, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exception classes share no base and depend on the fault
+        raise W2SError(f"{name} is damaged or not an ONNX model: {_one_line(error)}") from error
+    return session, name
 
 
 def _model_file(path: Path, kind: str | None) -> Path:
