@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint notebooks clean
 
 quickstart: $(VENV)/.ready
 	$(VENV)/bin/w2s quickstart --workdir quickstart
@@ -14,6 +14,10 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
+
+# runs the .py and writes the .ipynb, with the quickstart's student
+notebooks: quickstart
+	$(VENV)/bin/python notebooks/execute.py
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2,9 +2,9 @@
 
     python experiments/step_time.py [STUDENT...] [--batch 16] [--seconds 3] [--scan 2] [--peer torch_wav2small.py]
 
-Several students are timed in turn, which gives the steps that each gets from one budget of seconds. With ``--peer`` (a file with
-``Wav2Small`` and ``ccc_loss``; needs torch), its eager step with Adam is timed in turn with ours, in this process, and the ratio
-of the medians is printed. Results: experiments/README.md.
+Several students are timed in turn, which gives the steps that each gets from one budget of seconds. With ``--peer`` (a file
+with ``Wav2Small`` and ``ccc_loss``; needs torch), its eager step with Adam is timed in turn with ours, in this process, and the
+ratio of the medians is printed. Results: experiments/README.md.
 """
 
 from __future__ import annotations

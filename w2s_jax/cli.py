@@ -651,8 +651,71 @@ def export(
 
 
 @app.command()
+def bench(
+    students: Annotated[
+        list[str] | None, typer.Argument(metavar="[STUDENT...]", help="Made with random weights; default: all, if no --model.")
+    ] = None,
+    models: Annotated[
+        list[Path] | None, typer.Option("--model", metavar="FILE", help="A model directory or any .onnx file; repeatable.")
+    ] = None,
+    into: Annotated[
+        Path, typer.Option("--out", help="For bench.csv, bench.json, bench.md, bench.png and the students.")
+    ] = Path("bench"),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of the students; repeatable.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of the audio.")] = 5.0,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each file; they take turns.")] = 30,
+    threads: Annotated[int, typer.Option(min=1, help="Of onnxruntime.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure models on this machine: parameters, MACs, size, peak memory, time for 5 s; beside what the paper says.
+
+    Peak memory is that of a fresh process above one that runs an empty model. Students need the extra "export"; --model alone
+    needs nothing but the base install, where MACs stay uncounted.
+    """
+    from w2s_jax import bench as work
+
+    if not students and not models:
+        students = list(heavy("models", "export").STUDENTS)
+    fields = {}
+    if settings:
+        if not students:
+            raise UsageError("--set is for the students' fields; a model file has none")
+        config = heavy("config", "train")
+        fields = config.load(students[0], [f"fields.{setting}" for setting in settings]).fields.to_dict()
+    with shown("measure", "runs") as report:
+        table = work.bench(
+            students or [],
+            models or [],
+            into,
+            fields=fields,
+            seconds=seconds,
+            runs=runs,
+            threads=threads,
+            say=lambda line: err.print(line),
+            progress=report,
+        )
+    out.print(f"{seconds:g} s of audio, {threads} thread{'s' * (threads > 1)}; {work.machine()}")
+    grid = Table()
+    narrow = out.is_terminal and out.width < 120  # bench.md has what the paper says
+    for at, heading in enumerate(work.headings()[: 9 if narrow else None]):
+        grid.add_column(heading, justify="right" if 2 <= at <= 8 else "left", no_wrap=True)
+    for row in table:
+        grid.add_row(*work.shown(row)[: len(grid.columns)])
+    out.print(grid, width=None if out.is_terminal else 160)
+    out.print("students have random weights; RTF is time divided by the length of the audio")
+    out.print(f"files: {', '.join(str(path) for path in sorted(into.glob('bench.*')))}")
+    finish({"out": str(into), "rows": table}, as_json)
+
+
+@app.command()
 def quickstart(
     workdir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("quickstart"),
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training steps; fewer are quicker and worse.", show_default="320, or those of a run there"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The whole chain on generated speech: minutes on a laptop, no network, no system package."""
@@ -660,7 +723,7 @@ def quickstart(
         if importlib.util.find_spec(package) is None:  # one message for all, not one after the other
             raise missing_extra(package, "all")
     module = heavy("quickstart", "all")
-    finish(module.run(workdir, out, shown), as_json)
+    finish(module.run(workdir, out, shown, steps), as_json)
 
 
 def _version(value: bool) -> None:

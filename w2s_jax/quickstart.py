@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from w2s_jax import SAMPLING_RATE, config, corpora, export, label, labels, speech, teachers, train, views
-from w2s_jax.artifacts import write_atomic
+from w2s_jax.artifacts import MismatchError, read_json, write_atomic
 from w2s_jax.bank import Bank
 from w2s_jax.bank import build as build_bank
 from w2s_jax.evaluate import evaluate
@@ -19,22 +20,29 @@ from w2s_jax.runtime import Predictor
 
 #: What the student hears and how long it learns; about three minutes on two cores, found by trial.
 VIEWS = {"per_clip": 4, "eval_per_clip": 4, "seconds": (2.0,), "mix": 0.0}
-SETTINGS = ["steps=320", "learning_rate=4e-3", "eval_every=80"]
+STEPS = 320
+SETTINGS = ["learning_rate=4e-3", "eval_every=80"]
 WINDOW, HOP = 2.0, 0.25
 
 
-def run(workdir: Path, out: Console, shown: Callable) -> dict:
+def run(workdir: Path, out: Console | None = None, shown: Callable | None = None, steps: int | None = None) -> dict:
     """Make speech, label it, train, evaluate, export, predict; what is done already is kept.
 
     Args:
         workdir: gets speech/, bank/, views.parquet, labels/, run/, model/ and prediction.png.
-        out: where the results are printed.
-        shown: a context manager ``shown(what, unit)`` that yields ``report(done, total, **figures)``.
+        out: where the results are printed; default: nowhere.
+        shown: a context manager ``shown(what, unit)`` that yields ``report(done, total, **figures)``; default: shows nothing.
+        steps: of training; default: those of the run that is there, ``STEPS`` where there is none. Fewer are quicker and worse.
 
     Returns:
         The figures of the closing table.
+
+    Raises:
+        MismatchError: the run that is there has another number of steps than the one asked for.
     """
+    out, shown = out or Console(quiet=True), shown or _quiet
     began = time.perf_counter()
+    steps = _steps(workdir, steps, out)
     out.print("1/7 speak: sentences in seven languages, by eSpeak NG", style="bold")
     with shown("speak", "clips") as report:
         corpus = speech.make_corpus(workdir / "speech", progress=report)
@@ -57,7 +65,8 @@ def run(workdir: Path, out: Console, shown: Callable) -> dict:
     known = labels.read(workdir / "labels", drawn)
     out.print("4/7 train Wav2Small, 72,659 parameters", style="bold")
     with shown("train", "steps") as report:
-        trained = train.train(config.load("wav2small", SETTINGS), bank, drawn, known, workdir / "run", progress=report)
+        settings = config.load("wav2small", [f"steps={steps}", *SETTINGS])
+        trained = train.train(settings, bank, drawn, known, workdir / "run", progress=report)
     out.print("5/7 evaluate on voices that were never heard", style="bold")
     scores = evaluate(workdir / "run", bank, drawn, known, out=workdir / "run")["teacher"]
     out.print("6/7 export to ONNX", style="bold")
@@ -105,6 +114,24 @@ def run(workdir: Path, out: Console, shown: Callable) -> dict:
         "picture": str(picture),
         "seconds": round(seconds, 1),
     }
+
+
+@contextlib.contextmanager
+def _quiet(what: str, unit: str):
+    yield lambda *_, **__: None
+
+
+def _steps(workdir: Path, asked: int | None, out: Console) -> int:
+    """The steps to train: those of the run that is there, unless others are asked for, which is refused before any work."""
+    kept = workdir / "run"
+    if not (kept / "config.json").exists():
+        return STEPS if asked is None else asked
+    there = read_json(kept / "config.json", "run")["config"]["steps"]
+    if asked not in (None, there):
+        raise MismatchError(f"{kept} holds a run of {there} steps, not {asked}; delete {kept}, or choose another --workdir")
+    if there != STEPS:
+        out.print(f"{kept} holds a run of {there} steps, which is kept; for the usual {STEPS} delete {kept} and run this again")
+    return there
 
 
 def _median_milliseconds(predictor: Predictor, runs: int = 15) -> float:

@@ -20,7 +20,8 @@ from w2s_jax.export.quantize import quantize
 from w2s_jax.metrics import ccc
 
 FP32, INT8, REPORT = "model.onnx", "model.int8.onnx", "export.json"
-#: Largest difference between an output of the ONNX file and of the Flax module.
+#: Largest difference between an output of the ONNX file and of the Flax module, as a share of the largest output if that is
+#: above 1: float32 has no more digits.
 PARITY_LIMIT = 1e-4
 #: Lengths in samples on which parity is proven, besides the shortest ones: primes, whole seconds, up to a minute.
 PARITY_LENGTHS = (127, 1021, 8191, 16_000, 31_991, 80_000, 960_000)
@@ -58,13 +59,14 @@ def export_student(
         min_int8_ccc: the least CCC of int8 against fp32, in every dimension.
 
     Returns:
-        What export.json holds: ``files`` (bytes of each but export.json), ``parity`` (limit, max_difference, lengths, signals),
+        What export.json holds: ``files`` (bytes of each but export.json), ``parity`` (limit, max_difference, largest_output,
+        lengths, signals),
         ``int8`` (ccc per dimension, max_difference, views, calibration_waves, coverage, candidates; or ``skipped``),
         ``passes`` (by how much each graph pass changed the outputs), ``versions``.
 
     Raises:
         UsageError: no student there, ``out`` holds something else, unfit waves, or an environment that cannot export.
-        W2SError: ONNX and Flax differ by more than 1e-4, or int8 is too far from fp32.
+        W2SError: ONNX and Flax differ by more than 1e-4 (of the largest output, where that is above 1), or int8 is too far from fp32.
     """
     graph.require_tools()
     say = progress or (lambda line: None)
@@ -171,9 +173,11 @@ def _parity(model, student, variables: dict, waves: Sequence[np.ndarray], say: C
         signals["audio"] = np.resize(real, longest)  # repeats what is too short
     cases = [(name, signal[:length]) for length in lengths for name, signal in signals.items() if length <= len(signal)]
     reference = jax.jit(student.apply)
-    worst = 0.0
+    worst, largest = 0.0, 0.0
     for (name, wave), actual in zip(cases, graph.run(model, [wave for _, wave in cases]), strict=True):
-        difference = np.abs(actual - np.asarray(reference(variables, wave[None]))[0]).max()
+        expected = np.asarray(reference(variables, wave[None]))[0]
+        largest = max(largest, float(np.abs(expected).max()))
+        difference = np.abs(actual - expected).max() / max(1.0, np.abs(expected).max())
         if not difference <= PARITY_LIMIT:  # not a number is no parity either
             raise W2SError(
                 f"the ONNX model and the Flax student differ by {difference:.2g} on {len(wave)} samples of {name}; "
@@ -181,7 +185,13 @@ def _parity(model, student, variables: dict, waves: Sequence[np.ndarray], say: C
             )
         worst = max(worst, float(difference))
     say(f"fp32: differs from Flax by at most {worst:.1e}, from {shortest} samples to {longest / SAMPLING_RATE:.0f} s")
-    return {"limit": PARITY_LIMIT, "max_difference": worst, "lengths": lengths, "signals": list(signals)}
+    return {
+        "limit": PARITY_LIMIT,
+        "max_difference": worst,
+        "largest_output": largest,
+        "lengths": lengths,
+        "signals": list(signals),
+    }
 
 
 def _judge(int8, fp32, check: Sequence[np.ndarray], dimensions: Sequence[str], least: float) -> dict:
