@@ -9,9 +9,14 @@ The recordings are Debian's fillets-ng-data-cs (106 minutes, Ogg, 22 and 44 kHz)
     python experiments/czech_dnsmos.py run --sound fillets/usr/share/games/fillets-ng/sound --out runs/czech
     python experiments/czech_dnsmos.py peer --peer torch_wav2small.py --out runs/czech         (needs torch, and the peer)
 
-``run`` calls the w2s commands that it prints: labelling took 35 minutes on 2 busy cores,
-training takes 9. ``peer`` trains a PyTorch
-Wav2Small for as many seconds as ``run`` trained, on the same views, and prints its CCC. Results: experiments/README.md.
+``run`` calls the w2s commands that it prints: labelling took 35 minutes on 2 busy cores, training takes 9. ``peer`` trains a
+PyTorch Wav2Small for as many seconds as ``run`` trained, on the same views, and prints its CCC. Other students get the same
+seconds as variants:
+
+    w2s train experiments/czech_dnsmos.py:17k --bank runs/czech/bank --views runs/czech/views.parquet \\
+        --labels runs/czech/labels --workdir runs/czech/17k                (or :mobilenet_v4_s; then w2s eval, as run does)
+
+Results: experiments/README.md.
 """
 
 from __future__ import annotations
@@ -28,14 +33,13 @@ from ml_collections import ConfigDict
 
 from w2s_jax.config import default
 
-#: ``small`` is what CI runs: a slice of the recordings and a few steps; it proves the chain, not the student.
 #: Steps are what 520 s of training allow on the machine of experiments/README.md, by step_time.py.
 LONG = {"learning_rate": 3e-3, "crop": 0.6, "ema": 0.99, "weight_decay": 0.05, "eval_every": 125}
+#: ``small`` is what CI runs: a slice of the recordings and a few steps; it proves the chain, not the student.
 VARIANTS = {
     "": {**LONG, "student": "wav2small", "steps": 1540},
     "17k": {**LONG, "student": "wav2small_17k", "steps": 1640},
-    "mobilenet_v4_s": {**LONG, "student": "mobilenet_v4_s", "steps": 1510},
-    "mobilenet_v4_s_slower": {**LONG, "student": "mobilenet_v4_s", "steps": 1510, "learning_rate": 1e-3},
+    "mobilenet_v4_s": {**LONG, "student": "mobilenet_v4_s", "steps": 1510, "learning_rate": 1e-3},
     "small": {"steps": 30, "eval_every": 15},
 }
 

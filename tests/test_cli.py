@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from w2s_jax import cli, teachers
 
-COMMANDS = ["bank build", "views draw", "teacher check", "label", "train", "eval", "export", "predict", "quickstart"]
+COMMANDS = ["bank build", "views draw", "teacher check", "label", "train", "eval", "export", "predict", "bench", "quickstart"]
 
 
 @pytest.fixture
@@ -95,6 +95,20 @@ def test_the_chain_ends_in_predictions(chain, corpus):
             assert abs(score["ccc"] - lines["eval_model"][0]["teacher"][name]["ccc"]) < 1e-3
     # progress is for people, and goes to stderr
     assert "views" in lines["label"][1].stderr
+
+
+def test_bench_of_a_model(chain, tmp_path, w2s):
+    code, out, err = w2s("bench", "--model", chain[0] / "model", "--out", tmp_path / "b", "--runs", 2, "--json")
+    assert code == 0, err
+    *shown, last = out.splitlines()
+    (row,) = json.loads(last)["rows"]
+    assert row["bytes"] == (chain[0] / "model" / "model.onnx").stat().st_size
+    assert f"{row['milliseconds']:.2f}" in "\n".join(shown)
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"bench.csv", "bench.json", "bench.md", "bench.png"}
+    code, _, err = w2s("bench", "--model", chain[0] / "model", "--set", "n_mels=40")
+    assert code == 2
+    assert "--set is for the students' fields" in err
+    assert w2s("bench", "wav2small", "--set", "mels=40", "--out", tmp_path / "c")[0] == 2
 
 
 def test_prediction_formats(chain, corpus, tmp_path, w2s):

@@ -17,7 +17,6 @@ from safetensors.numpy import save_file
 
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint
 from w2s_jax.convert import TIMM, load_timm, start, timm_trunk
-from w2s_jax.export import onnx
 from w2s_jax.models import build
 from w2s_jax.models.frontend import LogMel
 from w2s_jax.models.mobilenet import (
@@ -190,20 +189,6 @@ def test_batchnorm_moments_are_stable_and_global():
 def test_hard_swish_is_the_papers():
     x = np.linspace(-5, 5, 41, dtype=np.float32)
     np.testing.assert_allclose(hard_swish(x), x * np.clip(x + 3, 0, 6) / 6, atol=1e-6)  # arXiv 1905.02244, section 5.2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("student", [MobileNetV3S, MobileNetV4S])
-def test_export(student):
-    pytest.importorskip("tf2onnx")
-    student = student()
-    waves = [voice(1, 1)[:64], voice(1, 2), voice(5, 3)]
-    variables = draw(student, waves[0][None])
-    model = onnx.convert(student.apply, variables, 3, 64)
-    apply = careless(student.apply)
-    for wave in waves:
-        expected = apply(variables, wave[None])
-        np.testing.assert_allclose(onnx.run(model, [wave]), expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_timm_extras_are_left_out_and_stems_fold(golden, tmp_path):

@@ -32,8 +32,9 @@ def test_17k_counts_are_the_model_cards():
     assert counts["trained"] + counts["fixed"] + 338 * 4 + 4 == 17_244
 
 
-@pytest.mark.parametrize(("n_fft", "hop", "n_mels"), [(64, 32, 26), (144, 72, 40)])
-def test_logmel_is_librosas(n_fft, hop, n_mels):
+@pytest.mark.parametrize("preset", [*models.PRESETS.values(), {"n_fft": 144, "hop": 72, "n_mels": 40}])
+def test_logmel_is_librosas(preset):
+    n_fft, hop, n_mels = preset["n_fft"], preset["hop"], preset["n_mels"]
     wave = np.asarray(normalise(jnp.asarray(voice(1.0, 1)[None])))
     power = librosa.feature.melspectrogram(
         y=wave[0], sr=16_000, n_fft=n_fft, hop_length=hop, n_mels=n_mels, center=False, power=2.0

@@ -44,7 +44,7 @@ EMPTY = base64.b64decode(
     "CAg6QwoQCgF4EgF5IghJZGVudGl0eRIFZW1wdHlaEwoBeBIOCgwIARIICgYSBHRpbWViEwoBeRIOCgwIARIICgYSBHRpbWVCBAoAEBE="
 )
 #: Fresh processes per model; the median is taken.
-PROCESSES = 3
+PROCESSES = 5
 
 
 def make(

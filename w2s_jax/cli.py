@@ -626,6 +626,9 @@ def export(
         Path | None,
         typer.Option(metavar="BANK", help="Audio for int8: training clips set its ranges, validation clips judge it."),
     ] = None,
+    min_ccc: Annotated[
+        float, typer.Option("--min-ccc", help="Least CCC of int8 with fp32 in every dimension; below it nothing is written.")
+    ] = 0.95,
     as_json: Json = False,
 ) -> None:
     """Export a student: model.onnx, model.int8.onnx (with --calibration), model.yaml for audonnx, a card, export.json.
@@ -640,7 +643,12 @@ def export(
         bank = heavy("bank", "train").Bank(calibration)
         waves, checks = bank.excerpts("train", 64, 5.0), bank.excerpts("validation", 128, 5.0)
     result = package.export_student(
-        run, into, calibration=waves, check=checks, progress=lambda line: print(line, file=sys.stderr, flush=True)
+        run,
+        into,
+        calibration=waves,
+        check=checks,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        min_int8_ccc=min_ccc,
     )
     for name, size in result["files"].items():
         out.print(f"{into / name}: {size / 1000:.1f} kB")
@@ -703,7 +711,7 @@ def bench(
         grid.add_column(heading, justify="right" if 2 <= at <= 8 else "left", no_wrap=True)
     for row in table:
         grid.add_row(*work.shown(row)[: len(grid.columns)])
-    out.print(grid, width=None if out.is_terminal else 160)
+    (out if out.is_terminal else Console(width=160)).print(grid)  # a file or a pipe has no width of its own
     out.print("students have random weights; RTF is time divided by the length of the audio")
     out.print(f"files: {', '.join(str(path) for path in sorted(into.glob('bench.*')))}")
     finish({"out": str(into), "rows": table}, as_json)

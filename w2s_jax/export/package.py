@@ -66,7 +66,8 @@ def export_student(
 
     Raises:
         UsageError: no student there, ``out`` holds something else, unfit waves, or an environment that cannot export.
-        W2SError: ONNX and Flax differ by more than 1e-4 (of the largest output, where that is above 1), or int8 is too far from fp32.
+        W2SError: ONNX and Flax differ by more than 1e-4 (of the largest output, if that is above 1), or int8 is too far from
+            fp32.
     """
     graph.require_tools()
     say = progress or (lambda line: None)

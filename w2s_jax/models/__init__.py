@@ -16,6 +16,7 @@ except ImportError as error:
 from w2s_jax import SAMPLING_RATE
 from w2s_jax.artifacts import UsageError
 from w2s_jax.models.cnn14 import CNN14
+from w2s_jax.models.frontend import PRESETS  # noqa: F401 (part of the API)
 from w2s_jax.models.mobilenet import (
     Convolution,
     MobileNetV3L,

@@ -9,6 +9,13 @@ from jax import Array, lax
 
 from w2s_jax import SAMPLING_RATE
 
+#: Front ends of published students, as fields of every student: ``build("mobilenet_v4_s", **PRESETS["144/72"])``. 64/32 is
+#: Wav2Small's; 144/72 is that of audEERING's MobileNetV4 student, which takes less than half the frames (its number of bands is
+#: not public).
+PRESETS = {
+    "64/32": {"n_fft": 64, "hop": 32, "n_mels": 26},
+    "144/72": {"n_fft": 144, "hop": 72, "n_mels": 26},
+}
 #: Floor of the mel power before the logarithm; -100 dB.
 MEL_FLOOR = 1e-10
 #: Added to the variance when an utterance is normalised, so that silence stays zero.

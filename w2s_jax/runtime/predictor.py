@@ -70,7 +70,8 @@ class Predictor:
         which mean nothing.
 
         Args:
-            wave: floating point [T], or [channels, T], whose channels are averaged. The level does not matter to Wav2Small.
+            wave: floating point [T], or [channels, T], whose channels are averaged. The level does not matter
+                to the students here, unless it is close to silence (root mean square below about 0.005).
             sampling_rate: of ``wave``, in Hz; other rates than the network's are resampled (needs soxr).
 
         Returns:
