@@ -133,6 +133,7 @@ def test_other_labels_are_never_mixed_in(bank, views, toy_teacher, tmp_path):
     assert store.read(out, other).dimensions == ("arousal", "dominance", "valence")
 
 
+@pytest.mark.slow
 def test_members_are_kept_beside_the_mean(bank, checkpoints, tmp_path):
     views = tables.draw(bank, per_clip=2, seconds=(0.4,), mix=0.5)
     teacher = teachers.load("paper", checkpoints)

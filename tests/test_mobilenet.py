@@ -137,6 +137,7 @@ def draw(student, waves: np.ndarray) -> dict:
     return {**variables, "frontend": {"logmel": LogMel().init(jax.random.key(0), waves)["frontend"]}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "timm"), [("mobilenet_v3_s", SMALL), ("mobilenet_v4_s", "mobilenetv4_conv_small_050")])
 def test_step_from_timms_weights_changes_everything(name, timm, golden, tmp_path):
     student = build(name, dimensions=2, width=0.5)

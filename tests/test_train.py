@@ -279,6 +279,7 @@ def source(run, tmp_path):
     return tmp_path / "source"
 
 
+@pytest.mark.slow
 def test_a_warm_start_predicts_what_its_source_does_and_resumes_without_it(source, bank, tmp_path):
     views = draw(bank, per_clip=1, eval_per_clip=1, seconds=(0.4,), seed=3)  # of one length: less to compile
     label(bank, views, teachers.load("acoustic"), tmp_path / "labels")
