@@ -21,12 +21,14 @@ from w2s_jax.models import build
 from w2s_jax.models.frontend import LogMel
 from w2s_jax.models.mobilenet import (
     BatchNorm,
+    Convolution,
     MobileNetV3L,
     MobileNetV3S,
     MobileNetV4L,
     MobileNetV4M,
     MobileNetV4S,
     Trunk,
+    convolution,
     hard_swish,
 )
 
@@ -167,6 +169,27 @@ def test_step_from_timms_weights_changes_everything(name, timm, golden, tmp_path
             # a block's last shift may come out again in the next BatchNorm, and then has no gradient
             if [key.key for key in path[-3:]] != ["project", "norm", "bias"]:
                 assert not np.array_equal(old, new), path
+
+
+@pytest.mark.parametrize(("size", "stride", "depthwise", "shape"), [
+    (3, 1, True, (2, 7, 5, 4)), (5, 2, True, (3, 8, 1, 2)), (5, 2, True, (1, 9, 6, 3)), (3, 2, False, (2, 6, 5, 3)),
+    (3, 2, False, (1, 1, 1, 2)), (1, 1, False, (2, 3, 4, 5)),
+])  # fmt: skip
+def test_forms_for_the_cpu_are_xlas_convolution(size, stride, depthwise, shape):
+    layer = Convolution(shape[-1] if depthwise else 6, size, stride, depthwise)
+    x = jax.random.normal(jax.random.key(0), shape)
+    variables = layer.init(jax.random.key(1), x)
+    kernel = variables["params"]["kernel"]
+    exact = partial(convolution, stride=stride)
+    weight = jax.random.normal(jax.random.key(2), exact(x, kernel).shape)  # a loss whose gradients differ from place to place
+
+    def ours(x, kernel):
+        return (weight * layer.apply({"params": {"kernel": kernel}}, x)).sum()
+
+    np.testing.assert_allclose(layer.apply(variables, x), exact(x, kernel), atol=1e-5)
+    expected = jax.grad(lambda x, kernel: (weight * exact(x, kernel)).sum(), (0, 1))(x, kernel)
+    for ours_, theirs in zip(jax.grad(ours, (0, 1))(x, kernel), expected, strict=True):
+        np.testing.assert_allclose(ours_, theirs, atol=1e-5)
 
 
 def test_batchnorm_moments_are_stable_and_global():
