@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pmap_against_jit import small_step
 from safetensors.numpy import save_file
 
-from w2s_jax import checkpoint, config, convert, metrics, models, teachers
+from w2s_jax import checkpoint, config, convert, feed, metrics, models, teachers
 from w2s_jax import labels as store
 from w2s_jax import train as training
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint
@@ -82,7 +82,7 @@ def test_loss_shapes_are_checked():
 
 def test_batches_depend_on_seed_and_step_only():
     samples = np.array([100] * 37 + [200] * 11)
-    one, two = (training.Batches(samples, 8, 200, seed=1) for _ in range(2))
+    one, two = (feed.Batches(samples, 8, 200, seed=1) for _ in range(2))
     for step in (150, 3, 77):  # in any order
         assert one(step)[0] == two(step)[0]
         np.testing.assert_array_equal(one(step)[1], two(step)[1])
@@ -90,7 +90,7 @@ def test_batches_depend_on_seed_and_step_only():
     for step in range(200):
         length, rows = one(step)
         assert (samples[rows] == length).all()
-        seen[length] += list(rows)
+        seen[length] += list(rows.ravel())
     for length, members in ((100, 37), (200, 11)):  # epochs: nothing a second time before all were there once
         for epoch in range(len(seen[length]) // members):
             assert len(set(seen[length][epoch * members : (epoch + 1) * members])) == members
@@ -215,14 +215,14 @@ def test_a_student_of_another_shape_is_refused(run, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_its_views(bank, views, labels, tmp_path, monkeypatch):
     settings, seen = config.load("wav2small", TINY), []
-    real = training.Batches.__call__
+    real = feed.Batches.__call__
 
-    def watch(self, step):
-        length, rows = real(self, step)
-        seen.append(views.where("train")[rows])
+    def watch(self, step, groups):
+        length, rows = real(self, step, groups)
+        seen.append(views.where("train")[rows.ravel()])
         return length, rows
 
-    monkeypatch.setattr(training.Batches, "__call__", watch)
+    monkeypatch.setattr(feed.Batches, "__call__", watch)
     monkeypatch.setattr(training, "distillation_loss", lambda p, t, **_: (jnp.float32(jnp.nan) * p.sum(), p.mean(axis=0)))
     with pytest.raises(W2SError, match=r"is nan at step 1 \(views ") as stopped:
         training.train(settings, bank, views, labels, tmp_path)

@@ -225,10 +225,14 @@ class Bank:
         self.fingerprint: str = self.about["fingerprint"]
         self.samples: int = self.about["samples"]
         self.starts = np.concatenate([[0], np.cumsum(self.clips["samples"], dtype=np.int64)[:-1]])
+        self._totals = np.bincount(self.clips["shard"], self.clips["samples"])  # float64 counts exactly up to 2⁵³
         self._shards: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def __reduce__(self) -> tuple:
+        return Bank, (self.path,)  # another process maps the files itself; a copy of a map would be all its samples
 
     def shard(self, number: int) -> np.ndarray:
         """One shard's samples, memory-mapped int16 [T]."""
@@ -238,8 +242,7 @@ class Bank:
                 samples = np.load(path, mmap_mode="r")
             except (OSError, ValueError) as error:
                 raise BankError(f"{path} is missing or damaged ({error}); run w2s bank build again") from error
-            members = self.clips["shard"] == number
-            expected = int(np.sum(self.clips["samples"][members], dtype=np.int64))
+            expected = int(self._totals[number])
             if samples.dtype != np.int16 or samples.shape != (expected,):
                 raise BankError(
                     f"{path} is damaged: expected int16 [{expected}], got {samples.dtype} {list(samples.shape)}; "

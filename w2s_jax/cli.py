@@ -89,6 +89,17 @@ class Normalisation(StrEnum):
     paper = "paper"
 
 
+class Parallel(StrEnum):
+    jit = "jit"
+    pmap = "pmap"
+
+
+class Placement(StrEnum):
+    auto = "auto"
+    device = "device"
+    host = "host"
+
+
 class Kind(StrEnum):
     fp32 = "fp32"
     int8 = "int8"
@@ -114,6 +125,14 @@ Normalised = Annotated[
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Of the checkpoint; named so, it need not give the published golden value.")
 ]
+Distributed = Annotated[
+    bool, typer.Option("--distributed", help="Join the other hosts of a TPU slice or a Slurm job through jax.distributed.")
+]
+Coordinator = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Join through this host, with --processes and --process.")
+]
+Processes = Annotated[int | None, typer.Option(min=1, help="How many processes there are.")]
+Process = Annotated[int | None, typer.Option(min=0, help="Which of them this one is, from 0.")]
 
 
 def _teacher(name: str, checkpoint_dir, dimensions: str | None, dtype, normalisation, revision):
@@ -302,14 +321,10 @@ def label(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Views of one length that each device hears at once; a power of two wastes nothing.")
     ] = 16,
-    distributed: Annotated[
-        bool, typer.Option("--distributed", help="Join the other hosts of a TPU slice or a Slurm job through jax.distributed.")
-    ] = False,
-    coordinator: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Join through this host, with --processes and --process.")
-    ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="How many processes there are.")] = None,
-    process: Annotated[int | None, typer.Option(min=0, help="Which of them this one is, from 0.")] = None,
+    distributed: Distributed = False,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process: Process = None,
     force: Annotated[bool, typer.Option("--force", help="Replace labels of another teacher or other views.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -351,12 +366,7 @@ def _join(distributed: bool, coordinator: str | None, processes: int | None, pro
             raise UsageError(f"--process counts from 0: with --processes {processes} it is at most {processes - 1}")
     elif not distributed:
         return
-    import jax
-
-    try:
-        jax.distributed.initialize(*explicit)
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
+    heavy("parallel", "train").join(*explicit)
 
 
 @teacher_app.command("check")
@@ -425,19 +435,45 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
     ] = None,
+    parallel: Annotated[
+        Parallel | None, typer.Option(help="One program over all devices, or pmap.", show_default="the experiment's: jit")
+    ] = None,
+    bank_placement: Annotated[
+        Placement | None, typer.Option(help="Where the bank's samples are kept.", show_default="the experiment's: auto")
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Write a trace of a few steps to WORKDIR/profile.")] = False,
+    distributed: Distributed = False,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process: Process = None,
     as_json: Json = False,
 ) -> None:
-    """Train a student on a teacher's labels.
+    """Train a student on a teacher's labels, on all devices of this process and of those that it joins.
 
     WORKDIR gets config.json, metrics.jsonl, TensorBoard events, checkpoints, and the best student in student/. Ctrl-C and
-    SIGTERM write a last checkpoint (exit code 130 and 143); the same command goes on from it.
+    SIGTERM write a last checkpoint (exit code 130 and 143); the same command goes on from it. Processes that are joined
+    (--distributed, or --coordinator with --processes and --process) share WORKDIR; each reads only its part of the bank.
     """
     config, bank, views, labels, work = (heavy(name, "train") for name in ("config", "bank", "views", "labels", "train"))
     experiment_config = config.load(experiment, settings or [])
+    if parallel:
+        experiment_config.parallel = parallel.value
+    if bank_placement:
+        experiment_config.bank_placement = bank_placement.value
+    _join(distributed, coordinator, processes, process)
     the_bank, the_views = bank.Bank(bank_path), views.read(views_path)
     the_labels = labels.read(labels_path, the_views)
     with shown("train", "steps") as report:
-        summary = work.train(experiment_config, the_bank, the_views, the_labels, workdir, progress=report)
+        summary = work.train(
+            experiment_config,
+            the_bank,
+            the_views,
+            the_labels,
+            workdir,
+            profile=profile,
+            progress=report,
+            say=lambda line: err.print(line),
+        )
     scores = summary["validation_ccc"]
     found = ", ".join(f"{name} {score:.3f}" for name, score in scores.items()) if scores else "no validation views"
     out.print(f"{summary['student']}: step {summary['best_step']} of {summary['steps']}, validation CCC {found}")

@@ -24,7 +24,10 @@ def default(student: str = "wav2small") -> ConfigDict:
             "fields": {},  # of the student's module, for example {"channels": 16}
             "pretrained": "",  # weights to start from: a student or run directory, or a .safetensors file (convert.start)
             "seed": 0,
-            "batch_size": 16,
+            "batch_size": 16,  # views in a step, those of all devices together
+            "accumulate": 1,  # parts of a batch that are heard one after the other where memory is short
+            "dtype": "float32",  # "bfloat16": of the student's arithmetic; weights, moments and log-mel stay float32
+            "form": "auto",  # of Wav2Small's convolutions: native, direct, blocks or bands; auto: the backend's best
             "steps": 2000,
             "learning_rate": 3e-3,  # peak, after a linear warm-up, before a cosine decay to 0
             "warmup": 0.05,  # share of the steps
@@ -37,7 +40,11 @@ def default(student: str = "wav2small") -> ConfigDict:
             "eval_every": 200,  # steps between evaluations, each with a checkpoint
             "log_every": 10,  # steps between lines in metrics.jsonl
             "scan_steps": 0,  # steps in one dispatch; 0: the measured best of the backend
-            "bank_gib": 0.0,  # largest bank to keep on the device; 0: half of the device's memory
+            "parallel": "jit",  # one program over all devices, or "pmap"
+            "data_shards": 0,  # groups of clips that each give an equal part of a batch; 0: as many as devices
+            "bank_placement": "auto",  # "device", "host", or by memory
+            "bank_gib": 0.0,  # largest part of a bank to keep on a device; 0: half of the device's memory
+            "workers": 0,  # processes that read a bank on the host; 0: threads
         }
     )
 

@@ -24,23 +24,27 @@ _BATCH = 32
 SHORTEST = 800
 
 
-def predict_views(infer: Callable[[np.ndarray], np.ndarray], bank: Bank, views: Views, rows: np.ndarray) -> np.ndarray:
+def predict_views(
+    infer: Callable[[np.ndarray], np.ndarray], bank: Bank, views: Views, rows: np.ndarray, devices: int = 1
+) -> np.ndarray:
     """Run a network over some views, in batches of equal length.
 
     Args:
         infer: float32 [B, T] → [B, D]; always called with the same B, so that it compiles once per length.
         bank, views: what to render.
         rows: which views, int64 [n].
+        devices: how many devices share a batch, which is so many times larger.
 
     Returns:
         float64 [n, D].
     """
+    size = _BATCH * devices
     lengths, parts, places = views.columns["samples"][rows], [], []
     for length in np.unique(lengths):
         members = np.flatnonzero(lengths == length)
-        for at in range(0, len(members), _BATCH):
-            batch = members[at : at + _BATCH]
-            waves = render_on_host(bank, views, rows[np.resize(batch, _BATCH)])
+        for at in range(0, len(members), size):
+            batch = members[at : at + size]
+            waves = render_on_host(bank, views, rows[np.resize(batch, size)])
             parts.append(np.asarray(infer(waves), np.float64)[: len(batch)])
             places.append(batch)
     out = np.concatenate(parts)

@@ -38,18 +38,22 @@ class Recipe(NamedTuple):
     partner_level: Array
 
 
-def recipes(bank: Bank, views: Views, rows: np.ndarray) -> Recipe:
-    """The recipes of some rows of a table of views, as numpy arrays [len(rows)]."""
-    columns = {name: column[rows] for name, column in views.columns.items()}
+def recipes(bank: Bank, views: Views, chosen: np.ndarray, starts: np.ndarray | None = None) -> Recipe:
+    """The recipes of some rows of a table of views, as numpy arrays [len(chosen)].
+
+    ``starts`` (int64 [clips]) says where clips begin in a part of the bank, as ``rows`` gives it; default: in the whole bank.
+    """
+    starts = bank.starts if starts is None else starts
+    columns = {name: column[chosen] for name, column in views.columns.items()}
     clip, partner = columns["clip"], np.where(columns["partner"] < 0, columns["clip"], columns["partner"])
     return Recipe(
-        *(array.astype(np.int32) for array in np.divmod(bank.starts[clip], ROW)),
+        *(array.astype(np.int32) for array in np.divmod(starts[clip], ROW)),
         bank.clips["samples"][clip],
         columns["offset"],
-        *(array.astype(np.int32) for array in np.divmod(bank.starts[partner], ROW)),
+        *(array.astype(np.int32) for array in np.divmod(starts[partner], ROW)),
         bank.clips["samples"][partner],
         columns["partner_offset"],
-        *levels(views, rows),
+        *levels(views, chosen),
     )
 
 
@@ -60,15 +64,27 @@ def levels(views: Views, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return gain.astype(np.float32), np.where(views.columns["partner"][rows] < 0, 0.0, level).astype(np.float32)
 
 
-def rows(bank: Bank) -> np.ndarray:
-    """A bank's samples for the device, int16 [⌈samples / ROW⌉, ROW], the end filled with zeros."""
-    out = np.zeros((-(-bank.samples // ROW), ROW), np.int16)
-    flat, at = out.reshape(-1), 0
-    for shard in range(bank.about["shards"]):
-        samples = bank.shard(shard)
-        flat[at : at + len(samples)] = samples
-        at += len(samples)
-    return out
+def rows(bank: Bank, clips: np.ndarray | None = None, height: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Some clips' samples for a device, back to back, the end filled with zeros.
+
+    Args:
+        bank: the clips.
+        clips: which, int [n]; default: all.
+        height: rows that there shall be, if the clips need fewer.
+
+    Returns:
+        int16 [⌈samples / ROW⌉ or height, ROW], and where each clip of the bank begins in it, int64 [clips]; -1: it is not there.
+    """
+    clips = np.arange(len(bank)) if clips is None else clips
+    lengths = bank.clips["samples"][clips].astype(np.int64)
+    ends = np.cumsum(lengths)
+    starts = np.full(len(bank), -1, np.int64)
+    starts[clips] = ends - lengths
+    out = np.zeros((max(height, -(-int(ends[-1]) // ROW)), ROW), np.int16)
+    flat = out.reshape(-1)
+    for clip, end, length in zip(clips, ends, lengths, strict=True):
+        flat[end - length : end] = bank.clip(clip)
+    return out, starts
 
 
 def locate(row: Array, column: Array, step: Array) -> tuple[Array, Array]:

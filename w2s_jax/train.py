@@ -1,4 +1,8 @@
-"""Train a student on a teacher's labels: a pure step, and a driver that can be killed at any point."""
+"""Train a student on a teacher's labels: a pure step, and a driver that can be killed at any point.
+
+The step is the same on one device, on many under ``jit`` (a global batch that is sharded over a mesh) and under ``pmap``; many
+processes, on many machines, run the driver together.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +24,31 @@ import optax
 import orbax.checkpoint as ocp
 from flax import struct
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from w2s_jax import __version__, checkpoint, convert, metrics, models
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError, locked, read_json, write_json
 from w2s_jax.bank import Bank
 from w2s_jax.evaluate import predict_views
+from w2s_jax.feed import Batches, DeviceFeed, HostFeed, divide, plan, stack
 from w2s_jax.labels import Labels
 from w2s_jax.losses import distillation_loss
-from w2s_jax.render import Recipe, mix, pieces, recipes, render, rows
+from w2s_jax.parallel import PARALLEL, gathered, lay_out, together
 from w2s_jax.views import Views
 
 #: Steps in one dispatch. On CPUs XLA runs a convolution inside a loop many times slower, so there each step is a dispatch of
 #: its own (measured: experiments/README.md); accelerators get many.
 SCAN_STEPS = {"cpu": 1, "gpu": 32, "tpu": 32}
-#: Consecutive steps that take views of one length, so that a scan has one shape.
-LENGTH_RUN = 16
+#: The most steps in one dispatch where batches come from the host: all of them lie on the device at once.
+HOST_SCAN_STEPS = 4
 #: Fewer validation views than this say too little about the spread of predictions to calibrate on.
 CALIBRATION_VIEWS = 100
+
+
+#: Settings that say where and how a run is computed, not what it computes; a run may go on with others. Weights to start from
+#: are known by their content, wherever they lie.
+_FREE = {"pretrained", "parallel", "bank_placement", "bank_gib", "workers", "scan_steps"}
 
 
 class Interrupted(W2SError):
@@ -81,9 +92,10 @@ def train_step(
     optimizer: optax.GradientTransformation,
     l2: float = 0.0,
     ema: float = 0.0,
+    accumulate: int = 1,
     axis_name: str | None = None,
 ) -> tuple[State, dict[str, Array]]:
-    """One update: the same function under jit and, with ``axis_name``, under pmap.
+    """One update: the same function under jit, whose batch may be sharded over a mesh, and, with ``axis_name``, under pmap.
 
     Args:
         state: before the step.
@@ -92,20 +104,38 @@ def train_step(
         optimizer: an optax transformation.
         l2: weight of the squared error.
         ema: decay of the averaged weights.
+        accumulate: parts, of B / accumulate views, that the batch is heard in, one after the other, for want of memory. The loss
+            is that of the whole set: each part is heard twice, once for its predictions and once for its gradient. BatchNorm
+            sees the moments of a part.
         axis_name: of the pmap; the loss then sees the moments of the whole global batch.
 
     Returns:
-        The state after the step, and loss [], ccc [D], gradient_norm [].
+        The state after the step, and loss [], ccc [D], gradient_norm [], update_norm [], parameter_norm [].
     """
     waves, targets = batch
 
-    def loss_of(params):
+    def predict(params, part: Array):
         prediction, changed = student.apply(
             {"params": params, "batch_stats": state.batch_stats, "frontend": frontend},
-            waves, train=True, mutable=["batch_stats"],
+            part, train=True, mutable=["batch_stats"],
         )  # fmt: skip
+        return prediction, changed["batch_stats"]
+
+    def loss_of(params):
+        if accumulate == 1:
+            prediction, batch_stats = predict(params, waves)
+        else:
+            # every accumulate-th view, so that each part has its share of every device's views
+            parts = waves.reshape(-1, accumulate, waves.shape[1]).swapaxes(0, 1)
+            # what is not kept of a part's forward pass is computed again for its gradient
+            again = jax.checkpoint(predict)
+            # no loop on a CPU, where XLA runs convolutions inside one many times slower
+            unroll = accumulate if jax.default_backend() == "cpu" else 1
+            _, (prediction, batch_stats) = lax.scan(lambda _, part: (None, again(params, part)), None, parts, unroll=unroll)
+            prediction = prediction.swapaxes(0, 1).reshape(-1, prediction.shape[-1])
+            batch_stats = jax.tree.map(lambda leaf: leaf.mean(axis=0), batch_stats)
         loss, concordance = distillation_loss(prediction, targets, l2=l2, axis_name=axis_name)
-        return loss, (changed["batch_stats"], concordance)
+        return loss, (batch_stats, concordance)
 
     (loss, (batch_stats, concordance)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     if axis_name is not None:
@@ -119,43 +149,29 @@ def train_step(
     after = State(
         step=state.step + 1, params=params, batch_stats=batch_stats, optimizer=optimizer_state, average=average
     )  # fmt: skip
-    return after, {"loss": loss, "ccc": concordance, "gradient_norm": optax.tree.norm(gradients)}
+    measured = {
+        "loss": loss,
+        "ccc": concordance,
+        "gradient_norm": optax.tree.norm(gradients),
+        "update_norm": optax.tree.norm(updates),
+        "parameter_norm": optax.tree.norm(params),
+    }
+    return after, measured
 
 
-def train_steps(state: State, bank: Array, table: Recipe, targets: Array, chosen: Array, samples: int, step: Callable):
+def train_steps(state: State, chosen, hear: Callable, step: Callable) -> tuple[State, dict[str, Array]]:
     """Several steps in one dispatch, nothing from the host: render, run and update.
 
     Args:
         state: before the first step.
-        bank: int16 [rows, ROW].
-        table: recipes of all training views, arrays [V].
-        targets: standardised labels float32 [V, D].
-        chosen: int32 [S, B], the views of each step's batch, all of length ``samples``.
-        samples: length of the views.
+        chosen: what ``hear`` needs for each step, arrays [S, ...].
+        hear: from one step's part of ``chosen`` to its batch; ``feed.DeviceFeed.hear`` with all but that bound.
         step: ``train_step`` with everything but state and batch bound.
 
     Returns:
         The state after S steps, and the metrics of each, [S, ...].
     """
-
-    def body(state: State, index: Array):
-        recipe = jax.tree.map(lambda column: column[index], table)
-        return step(state, (render(bank, recipe, samples), targets[index]))
-
-    return scan_steps(body, state, chosen)
-
-
-def train_steps_from_host(state: State, batch: tuple, step: Callable):
-    """``train_steps`` for a bank that the device cannot hold: the pieces of S batches, gathered on the host.
-
-    ``batch`` is (own int16 [S, B, T], partner int16 [S, B, T], gain [S, B], partner_level [S, B], targets [S, B, D]).
-    """
-
-    def body(state: State, one):
-        *heard, targets = one
-        return step(state, (mix(*heard), targets))
-
-    return scan_steps(body, state, batch)
+    return scan_steps(lambda state, one: step(state, hear(one)), state, chosen)
 
 
 def scan_steps(body: Callable, state: State, xs):
@@ -185,44 +201,6 @@ def cropped(step: Callable, share: float, seed: int) -> Callable:
     return step_on_a_part
 
 
-class Batches:
-    """Which views make the batch at a step: a pure function of (seed, step), whatever was run before.
-
-    Each length's views are gone through epoch by epoch in shuffled order; lengths take turns in runs of ``LENGTH_RUN``
-    steps, each as often as it has views.
-    """
-
-    def __init__(self, samples: np.ndarray, batch_size: int, steps: int, seed: int) -> None:
-        self.lengths, counts = np.unique(samples, return_counts=True)
-        self._members = [np.flatnonzero(samples == length) for length in self.lengths]
-        runs = -(-steps // LENGTH_RUN)
-        self._turn = np.random.default_rng([seed, 0]).choice(len(counts), size=runs, p=counts / counts.sum())
-        self._before = [np.concatenate([[0], np.cumsum(self._turn == k)]) for k in range(len(counts))]
-        self._batch_size, self._seed, self._orders = batch_size, seed, {}
-
-    def __call__(self, step: int) -> tuple[int, np.ndarray]:
-        """The length of the views at a step, and their rows int64 [B]."""
-        run, within = divmod(step, LENGTH_RUN)
-        kind = int(self._turn[run])
-        earlier = int(self._before[kind][run]) * LENGTH_RUN + within
-        members = self._members[kind]
-        epochs, places = np.divmod(np.arange(earlier * self._batch_size, (earlier + 1) * self._batch_size), len(members))
-        return int(self.lengths[kind]), members[[self._order(kind, int(e))[p] for e, p in zip(epochs, places, strict=True)]]
-
-    def _order(self, kind: int, epoch: int) -> np.ndarray:
-        if (kind, epoch) not in self._orders:
-            if len(self._orders) > 4 * len(self._members):  # a batch looks at one epoch or two
-                self._orders.clear()
-            self._orders[kind, epoch] = np.random.default_rng([self._seed, 1, kind, epoch]).permutation(
-                len(self._members[kind])
-            )
-        return self._orders[kind, epoch]
-
-    def until(self, step: int) -> int:
-        """The step at which another length may begin."""
-        return (step // LENGTH_RUN + 1) * LENGTH_RUN if len(self.lengths) > 1 else 1 << 62
-
-
 def train(
     config: ConfigDict,
     bank: Bank,
@@ -230,26 +208,32 @@ def train(
     labels: Labels,
     workdir: str | os.PathLike,
     *,
+    profile: bool = False,
     progress: Callable[..., None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict:
-    """Train a student. Run again after a kill, it goes on from the last checkpoint and ends bit for bit where an unbroken
-    run ends on the same devices.
+    """Train a student on all devices of all processes. Run again after a kill, it goes on from the last checkpoint and ends bit
+    for bit where an unbroken run ends on the same devices.
 
     Args:
         config: as ``w2s_jax.config.default``.
         bank, views, labels: what to train on; they belong together.
-        workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and student/, the best by mean CCC on the
-            validation views (the last where there are none).
+        workdir: gets config.json, metrics.jsonl, training.png, tensorboard/, checkpoints/ and student/, the best by mean CCC on
+            the validation views (the last where there are none). Many processes (``parallel.join``) share it; process 0 writes.
+        profile: write a trace of a few steps to workdir/profile.
         progress: called with (steps done, steps in all, **figures).
+        say: called with lines that tell how the run is laid out.
 
     Returns:
         A summary: step and validation CCC of the best student, and the speed.
 
     Raises:
+        UsageError: settings, devices and views that do not go together.
         MismatchError: bank, views and labels, a run that is already there, or the weights to start from, do not belong
             together.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint of the last step is written.
-        W2SError: the loss is not finite; names the step and its views. The last good checkpoint is kept.
+        Interrupted: SIGINT or SIGTERM came, to this process or another; a checkpoint of the last step is written.
+        W2SError: the loss is not finite; names the step and its views. The last good checkpoint is kept. Or another process
+            is gone.
     """
     views.check(bank)
     workdir = Path(workdir)
@@ -260,17 +244,24 @@ def train(
         raise UsageError("expected steps ≥ 1, batch_size ≥ 2 (CCC belongs to a set), eval_every ≥ 1, log_every ≥ 1")
     if not 0 < config.crop <= 1:
         raise UsageError(f"crop is the share of a view that a step hears, above 0 and at most 1; got {config.crop}")
-    student = models.build(config.student, dimensions=len(labels.dimensions), **config.fields)
-    with locked(workdir), _signals() as stop:
-        return _Run(config, bank, views, labels, workdir, student, training, stop, progress).run()
+    if config.parallel not in PARALLEL:
+        raise UsageError(f"parallel is {config.parallel!r}; expected {' or '.join(PARALLEL)}")
+    with contextlib.ExitStack() as contexts:
+        if jax.process_index() == 0:
+            contexts.enter_context(locked(workdir))
+        stop = contexts.enter_context(_signals())
+        contexts.enter_context(together(str(workdir)))
+        return _Run(config, bank, views, labels, workdir, training, stop, profile, progress, say).run()
 
 
 class _Run:
     """The driver's state; one method per thing that it does."""
 
-    def __init__(self, config, bank, views, labels, workdir, student, training, stop, progress) -> None:
+    def __init__(self, config, bank, views, labels, workdir, training, stop, profile, progress, say) -> None:
         self.config, self.bank, self.views, self.labels = config, bank, views, labels
-        self.workdir, self.student, self.training, self.stop, self.progress = workdir, student, training, stop, progress
+        self.workdir, self.training, self.stop, self.profile = workdir, training, stop, profile
+        self.first = jax.process_index() == 0
+        self.progress, self.say = (progress, say) if self.first else (None, None)
         # CCC does not change when prediction and label are shifted and scaled alike, so the student learns standardised
         # labels, whatever their unit; its output layer takes the unit back when it is saved
         known = labels.values[training].astype(np.float64)
@@ -283,8 +274,23 @@ class _Run:
             optax.clip_by_global_norm(config.clip_norm),
             optax.adamw(self.schedule, weight_decay=config.weight_decay, mask=_decayed),
         )
+        self.layout = lay_out(self.data_shards(), config.batch_size, config.accumulate)
+        self.parallel = PARALLEL[config.parallel](self.layout)
+        build = partial(models.build, config.student, dimensions=len(labels.dimensions), **config.fields)
+        self.student = build()
+        # how it is computed in training is not a part of what it is
+        how = {"axis_name": self.parallel.axis_name, "dtype": config.dtype, "form": config.form}
+        usual = {"axis_name": None, "dtype": "float32", "form": "auto"}
+        self.in_training = build(**{name: value for name, value in how.items() if value != usual[name]})
         self.taken, self.pretrained = self.start()
         self.claim()
+
+    def data_shards(self) -> int:
+        """``config.data_shards``, or where it is 0 what a run that is there was begun with."""
+        path = self.workdir / "config.json"
+        if not self.config.data_shards and path.exists():
+            return read_json(path, "run").get("config", {}).get("data_shards", 0)
+        return self.config.data_shards
 
     def start(self) -> tuple[dict, dict | None]:
         """What the student takes over from ``config.pretrained``, and where that is from."""
@@ -300,8 +306,8 @@ class _Run:
 
     def claim(self) -> None:
         """Refuse a directory that holds another run; note this one's configuration."""
-        config = json.loads(self.config.to_json())
-        del config["pretrained"]  # the weights are known by their content, wherever they lie
+        config = {key: value for key, value in json.loads(self.config.to_json()).items() if key not in _FREE}
+        config["data_shards"] = self.layout.shards
         about = {
             "config": config,
             "pretrained": self.pretrained,
@@ -318,7 +324,8 @@ class _Run:
                 raise MismatchError(
                     f"{self.workdir} holds another run ({'; '.join(differing)}); choose another --workdir, or delete it"
                 )
-        write_json(path, about)
+        if self.first:
+            write_json(path, about)
 
     def initial(self) -> State:
         heard = int(self.config.crop * min(self.batches.lengths))
@@ -332,96 +339,123 @@ class _Run:
         if "adv" in taken.get("params", {}):
             taken["params"] = out_of_units(taken["params"], self.mean, self.deviation)
         variables = {collection: {**tree, **taken.get(collection, {})} for collection, tree in variables.items()}
-        self.frontend = variables["frontend"]
-        return initial_state(variables, self.optimizer)
+        self.frontend = jax.device_get(variables["frontend"])
+        return jax.device_get(initial_state(variables, self.optimizer))
 
     def run(self) -> dict:
         config = self.config
-        self.batches = Batches(self.views.columns["samples"][self.training], config.batch_size, config.steps, config.seed)
+        groups = divide(self.views.columns["clip"][self.training], self.layout.shards)
+        samples = self.views.columns["samples"][self.training]
+        self.batches = Batches(samples, config.batch_size, config.steps, config.seed, groups)
         state = self.initial()
-        self.infer = jax.jit(partial(self.student.apply, train=False))
-        scan = config.scan_steps or SCAN_STEPS.get(jax.default_backend(), 1)
         best = {"step": 0, "ccc": None}
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
         with ocp.CheckpointManager((self.workdir / "checkpoints").resolve(), options=options) as checkpoints:
             if checkpoints.latest_step() is not None:
-                shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.kept(state))
-                items = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
+                items = {name: ocp.args.StandardRestore(tree) for name, tree in self.kept(state).items()}
                 args = ocp.args.Composite(**items, best=ocp.args.JsonRestore())
                 saved = checkpoints.restore(checkpoints.latest_step(), args=args)
                 state, best = saved["state"], saved["best"]
                 self.frontend = saved.get("frontend", self.frontend)
-            step = partial(
-                train_step, student=self.student, frontend=self.frontend, optimizer=self.optimizer, l2=config.l2, ema=config.ema
-            )
-            dispatch = self.dispatcher(cropped(step, config.crop, config.seed))
             done = int(state.step)
-            self.log = _Log(self.workdir, done, self.labels.dimensions)
-            with self.log:
-                began, first = time.perf_counter(), done
-                while done < config.steps:
-                    end = min(done + scan, config.steps, self.batches.until(done), _next(done, config.eval_every))
-                    pairs = [self.batches(at) for at in range(done, end)]
-                    chosen = np.stack([pair[1] for pair in pairs])
-                    state, measured = dispatch(state, pairs[0][0], chosen)
-                    self.check(np.asarray(measured["loss"]), chosen, done)
-                    if any(at % config.log_every == 0 for at in range(done + 1, end + 1)) or end == config.steps:
-                        self.report(measured, end, (end - first) / (time.perf_counter() - began))
-                    done = end
-                    if done % config.eval_every == 0 or done == config.steps:
-                        paused = time.perf_counter()
-                        best = self.evaluate(state, done, best)
-                        self.save(checkpoints, state, best)
-                        began += time.perf_counter() - paused  # the speed is that of training
-                    if self.stop.number:
-                        if checkpoints.latest_step() != done:
-                            self.save(checkpoints, state, best)
-                        raise Interrupted(self.stop.number, done, self.workdir)
-                seconds = time.perf_counter() - began
+            dispatch = self.dispatcher(groups)
+            state = self.parallel.everywhere(state)
+            self.began, self.begun = time.perf_counter(), done
+            with _Log(self.workdir, done, self.labels.dimensions) if self.first else contextlib.nullcontext() as self.log:
+                waiting = None  # a dispatch whose figures were not looked at: the next one is given out first
+                for state, *dispatched in dispatch(state, done):
+                    if waiting:
+                        self.settle(*waiting)
+                    waiting, done = dispatched, dispatched[-1]
+                    evaluated = done % config.eval_every == 0 or done == config.steps
+                    if evaluated or self.stopped:
+                        self.settle(*waiting)
+                        waiting, paused = None, time.perf_counter()
+                        if evaluated:
+                            best = self.evaluate(state, done, best)
+                        self.save(checkpoints, state, done, best)
+                        self.began += time.perf_counter() - paused  # the speed is that of training
+                    if self.stopped:
+                        checkpoints.wait_until_finished()
+                        raise Interrupted(self.stopped, done, self.workdir)
+            seconds = time.perf_counter() - self.began
         return {
             "student": str(self.workdir / "student"),
             "steps": config.steps,
             "best_step": best["step"],
             "validation_ccc": best["ccc"],
-            "clips_per_second": round((config.steps - first) * config.batch_size / seconds, 1) if done > first else None,
+            "clips_per_second": round((done - self.begun) * config.batch_size / seconds, 1) if done > self.begun else None,
             "seconds": round(seconds, 1),
         }
 
-    def dispatcher(self, step: Callable) -> Callable:
-        """A jitted function (state, samples, chosen [S, B]) → (state, metrics), the bank on the device where it fits."""
-        limit = self.config.bank_gib * 2**30 or _memory() / 2
-        if self.bank.samples * 2 <= limit:
-            on_device = jax.device_put(rows(self.bank))
-            table = jax.tree.map(jnp.asarray, recipes(self.bank, self.views, self.training))
-            targets = jnp.asarray(self.targets)
-            run = jax.jit(partial(train_steps, step=step), static_argnames="samples", donate_argnums=0)
-            return lambda state, samples, chosen: run(
-                state, on_device, table, targets, jnp.asarray(chosen, jnp.int32), samples=samples
-            )
-        run_host = jax.jit(partial(train_steps_from_host, step=step), donate_argnums=0)
+    def dispatcher(self, groups: np.ndarray) -> Callable:
+        """A generator (state, first step) → (state, metrics, views' rows [S, devices, b], first step, last step) …, the bank
+        where ``plan`` puts it."""
+        config, layout = self.config, self.layout
+        decided = plan(self.bank, self.views, self.training, groups, layout, config)
+        if self.say:
+            self.say(decided.reason)
+        given = (self.bank, self.views, self.training)
+        if decided.placement == "device":
+            feed = DeviceFeed(*given, groups, self.targets, layout, self.batches)
+        else:
+            feed = HostFeed(*given, self.targets, layout, self.batches, config.workers)
+        scan = config.scan_steps or SCAN_STEPS.get(jax.default_backend(), 1)
+        if decided.placement == "host":
+            scan = min(scan, HOST_SCAN_STEPS)
+        step = partial(
+            train_step,
+            student=self.in_training,
+            frontend=self.frontend,
+            optimizer=self.optimizer,
+            l2=config.l2,
+            ema=config.ema,
+            accumulate=config.accumulate,
+            axis_name=self.parallel.axis_name,
+        )
+        run = self.parallel.compiled(feed.hear, partial(train_steps, step=cropped(step, config.crop, config.seed)))
+        data = self.parallel.split(feed.data)
+        feed.data = None  # the devices have it
 
-        def from_host(state: State, samples: int, chosen: np.ndarray):
-            heard = [pieces(self.bank, self.views, self.training[batch]) for batch in chosen]
-            return run_host(state, (*map(np.stack, zip(*heard, strict=True)), self.targets[chosen]))
+        def dispatch(state: State, done: int) -> Iterator[tuple]:
+            batches = feed.batches(done, config.steps)
+            while done < config.steps:
+                end = min(done + scan, config.steps, self.batches.until(done), _next(done, config.eval_every))
+                lengths, rows, chosen = zip(*(next(batches) for _ in range(done, end)), strict=True)
+                signals = np.full(len(layout.local), self.stop.number, np.int32)
+                state, measured = run(state, data, stack(chosen), signals, lengths[0])
+                yield state, measured, np.stack(rows), done, end
+                done = end
 
-        return from_host
+        return dispatch
 
-    def check(self, losses: np.ndarray, chosen: np.ndarray, done: int) -> None:
+    #: The signal that any process had got when a dispatch began that is finished now.
+    stopped = 0
+
+    def settle(self, measured: dict, rows: np.ndarray, start: int, end: int) -> None:
+        """Wait for a dispatch; check its losses, and report them."""
+        measured = jax.device_get(measured)
+        self.stopped = int(measured.pop("signal"))
+        self.check(measured["loss"], rows, start)
+        every = self.config.log_every
+        if self.first and (end // every > start // every or end == self.config.steps):
+            self.report(measured, end, (end - self.begun) / (time.perf_counter() - self.began))
+
+    def check(self, losses: np.ndarray, rows: np.ndarray, done: int) -> None:
         """Stop at the first loss [S] that is not finite; later ones would only follow from it."""
         bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
-            where = ", ".join(str(view) for view in self.training[chosen[bad[0]]])
+            where = ", ".join(str(view) for view in self.training[rows[bad[0]].ravel()])
             raise W2SError(
                 f"the loss is {losses[bad[0]]} at step {done + int(bad[0]) + 1} (views {where}); "
                 "lower learning_rate, or look at these views' labels"
             )
 
     def report(self, measured: dict, end: int, rate: float) -> None:
-        measured = jax.device_get(measured)
         figures = {
             "loss": float(measured["loss"].mean()),
             **{f"ccc/{d}": float(c) for d, c in zip(self.labels.dimensions, measured["ccc"].mean(axis=0), strict=True)},
-            "gradient_norm": float(measured["gradient_norm"].mean()),
+            **{name: float(measured[name].mean()) for name in ("gradient_norm", "update_norm", "parameter_norm")},
             "learning_rate": float(self.schedule(end - 1)),
             "clips_per_second": rate * self.config.batch_size,
         }
@@ -431,28 +465,31 @@ class _Run:
 
     def evaluate(self, state: State, step: int, best: dict) -> dict:
         """CCC of the averaged weights on the validation views; a better student than the best so far is kept."""
-        params, batch_stats = state.average
+        params, batch_stats = jax.device_get(state.average)
         variables = {"params": params, "batch_stats": batch_stats, "frontend": self.frontend}
         validation, concordance = self.views.where("validation"), None
         mean, deviation = self.mean, self.deviation
         if len(validation):
-            raw = predict_views(partial(self.infer, variables), self.bank, self.views, validation)
+            raw = self.predict(variables, validation)
             known = self.labels.values[validation].astype(np.float64)
             if self.config.calibrate and len(validation) >= CALIBRATION_VIEWS:
                 mean, deviation = calibration(raw, known, self.deviation)
             scores = metrics.ccc(raw * deviation + mean, known)
             concordance = {name: float(score) for name, score in zip(self.labels.dimensions, scores, strict=True)}
             concordance["mean"] = float(scores.mean())
-            self.log.write("validation", step, {f"ccc/{name}": score for name, score in concordance.items()})
+            if self.first:
+                self.log.write("validation", step, {f"ccc/{name}": score for name, score in concordance.items()})
             if self.progress:
                 self.progress(step, self.config.steps, validation_ccc=concordance["mean"])
         if concordance is None or best["ccc"] is None or concordance["mean"] > best["ccc"]["mean"]:
             best = {"step": step, "ccc": concordance}
+            if not self.first:
+                return best
             checkpoint.save_student(
                 self.workdir / "student",
                 self.config.student,
                 {"dimensions": len(self.labels.dimensions), **self.config.fields.to_dict()},
-                jax.device_get({**variables, "params": in_units(params, mean, deviation)}),
+                {**variables, "params": in_units(params, mean, deviation)},
                 {
                     "dimensions": list(self.labels.dimensions),
                     "teacher": self.labels.about["teacher"],
@@ -465,13 +502,32 @@ class _Run:
             )
         return best
 
+    def predict(self, variables: dict, chosen: np.ndarray) -> np.ndarray:
+        """Predictions for some views, float64 [n, D]: each process hears its part of them, on all its devices."""
+        mesh = Mesh(np.array(jax.local_devices()), ("batch",))
+        variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+        if not hasattr(self, "infer"):
+            self.infer = jax.jit(partial(self.student.apply, train=False))
+
+        def infer(waves: np.ndarray) -> Array:
+            return self.infer(variables, jax.device_put(waves, NamedSharding(mesh, PartitionSpec("batch"))))
+
+        count = -(-len(chosen) // jax.process_count())
+        mine = chosen[jax.process_index() * count :][:count]
+        width = len(self.labels.dimensions)
+        raw = predict_views(infer, self.bank, self.views, mine, devices=mesh.size) if len(mine) else np.zeros((0, width))
+        return gathered(raw.astype(np.float32), count).astype(np.float64)
+
     def kept(self, state: State) -> dict:
         """The arrays of a checkpoint: a front end that was taken over need not be, bit for bit, what ``init`` computes."""
         return {"state": state, "frontend": self.frontend} if self.pretrained else {"state": state}
 
-    def save(self, checkpoints: ocp.CheckpointManager, state: State, best: dict) -> None:
-        items = {name: ocp.args.StandardSave(tree) for name, tree in self.kept(state).items()}
-        checkpoints.save(int(state.step), args=ocp.args.Composite(**items, best=ocp.args.JsonSave(best)))
+    def save(self, checkpoints: ocp.CheckpointManager, state: State, step: int, best: dict) -> None:
+        """Begin to write a checkpoint: plain arrays that go back to whatever devices there are then."""
+        if checkpoints.latest_step() == step:
+            return
+        items = {name: ocp.args.StandardSave(tree) for name, tree in self.kept(jax.device_get(state)).items()}
+        checkpoints.save(step, args=ocp.args.Composite(**items, best=ocp.args.JsonSave(best)))
 
 
 def calibration(raw: np.ndarray, known: np.ndarray, deviation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -574,11 +630,3 @@ def _flat(value: dict, prefix: str = "") -> dict:
     for key, item in value.items():
         out |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
     return out
-
-
-def _memory() -> float:
-    """Bytes of memory of the device that holds the bank."""
-    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
