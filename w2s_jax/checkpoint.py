@@ -23,7 +23,7 @@ def save_student(directory: str | Path, name: str, fields: dict, variables: dict
 
     Args:
         directory: where to; made when missing. config.json is written last, so a directory with one is whole.
-        name, fields: what ``models.build`` needs to make the module again.
+        name, fields: what ``models.build`` needs to make the module again; how it ran (``models.RUNNING``) is left out.
         variables: the collections ``params``, ``batch_stats`` and ``frontend``.
         about: what travels with the weights: ``dimensions`` (names, in output order) and ``teacher`` (provenance of the
             labels, with its licence) are required; anything else that JSON can hold is kept.
@@ -35,7 +35,7 @@ def save_student(directory: str | Path, name: str, fields: dict, variables: dict
         "format": "w2s-student",
         "version": 1,
         "student": name,
-        "fields": fields,
+        "fields": {field: value for field, value in fields.items() if field not in models.RUNNING},
         "sampling_rate": SAMPLING_RATE,
         **about,
         "w2s_jax": __version__,

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint
 from w2s_jax.checkpoint import check_arrays, differences, refuse
-from w2s_jax.models import mobilenet
+from w2s_jax.models import RUNNING, mobilenet
 from w2s_jax.models.frontend import MEL_FLOOR
 from w2s_jax.models.mobilenet import Architecture, Bottleneck, Conv, Fused, MobileNetStudent, Separable, Trunk, Universal
 from w2s_jax.models.wav2small import Wav2Small17K
@@ -319,7 +319,8 @@ def last_name(path: str | os.PathLike) -> str:
 
 def _differing_fields(there: nn.Module, here: nn.Module) -> list[str]:
     """The fields that decide the arrays of two modules of one class, but ``dimensions``, where they differ."""
-    fields = [field for field in here.__dataclass_fields__ if field not in ("parent", "name", "axis_name", "dimensions")]
+    no_matter = ("parent", "name", "dimensions", *RUNNING)
+    fields = [field for field in here.__dataclass_fields__ if field not in no_matter]
     pairs = [(field, getattr(there, field), getattr(here, field)) for field in fields]
     return [f"{field}: {theirs} there, {ours} here" for field, theirs, ours in pairs if theirs != ours]
 

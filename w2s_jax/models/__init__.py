@@ -16,6 +16,7 @@ except ImportError as error:
 from w2s_jax import SAMPLING_RATE
 from w2s_jax.artifacts import UsageError
 from w2s_jax.models.cnn14 import CNN14
+from w2s_jax.models.forms import RUNNING  # noqa: F401 (part of the API)
 from w2s_jax.models.frontend import PRESETS  # noqa: F401 (part of the API)
 from w2s_jax.models.mobilenet import (
     Convolution,
@@ -99,6 +100,8 @@ def macs(student: nn.Module, samples: int = 5 * SAMPLING_RATE) -> int:
             return convolution(*args, context.module.get_variable("params", "kernel"), context.module.stride)
         return call(*args, **kwargs)
 
+    if hasattr(student, "form"):
+        student = student.clone(form="direct")  # the others multiply zeros
     wave = jax.ShapeDtypeStruct((1, samples), jnp.float32)
     variables = jax.eval_shape(student.init, jax.random.key(0), wave)
     with nn.intercept_methods(as_convolutions):

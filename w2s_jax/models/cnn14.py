@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import Array
 
+from w2s_jax.models.forms import check_running
 from w2s_jax.models.frontend import LogMel, normalise
 
 
@@ -25,6 +27,11 @@ class CNN14(nn.Module):
     hop: int = 160
     n_mels: int = 64
     axis_name: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_running(self)
+        super().__post_init__()
 
     @property
     def minimum_samples(self) -> int:
@@ -35,15 +42,14 @@ class CNN14(nn.Module):
     def __call__(self, wave: Array, train: bool = False) -> Array:
         norm = partial(nn.BatchNorm, not train, axis_name=self.axis_name, momentum=0.9, use_fast_variance=False)
         image = LogMel(self.n_fft, self.hop, self.n_mels, name="logmel")(normalise(wave))
-        x = norm(name="norm")(image)[..., None]  # per mel band
+        x = norm(name="norm")(image)[..., None].astype(self.dtype)  # per mel band
         for block in range(6):
             for layer in (1, 2):
-                convolution = nn.Conv(
-                    self.channels << block, (3, 3), padding=1, use_bias=False, name=f"conv{block + 1}_{layer}"
-                )
-                x = nn.relu(norm(name=f"norm{block + 1}_{layer}")(convolution(x)))
+                channels, name = self.channels << block, f"{block + 1}_{layer}"
+                convolution = nn.Conv(channels, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name=f"conv{name}")
+                x = nn.relu(norm(dtype=self.dtype, name=f"norm{name}")(convolution(x)))
             if block < 5:
                 x = nn.avg_pool(x, (2, 2), (2, 2))
-        x = x.mean(axis=2)
+        x = x.mean(axis=2, dtype=jnp.float32)
         x = x.max(axis=1) + x.mean(axis=1)
         return nn.Dense(self.dimensions, name="adv")(nn.relu(nn.Dense(x.shape[-1], name="dense")(x)))

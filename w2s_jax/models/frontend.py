@@ -20,6 +20,8 @@ PRESETS = {
 MEL_FLOOR = 1e-10
 #: Added to the variance when an utterance is normalised, so that silence stays zero.
 NORM_EPSILON = 1e-7
+#: Accelerators would round the factors of float32 products to 8 or 11 bits, and a spectrum spans more than that.
+EXACT = lax.Precision.HIGHEST
 
 
 def normalise(wave: Array) -> Array:
@@ -65,8 +67,8 @@ class LogMel(nn.Module):
         mel = self.variable("frontend", "mel", lambda: jnp.asarray(mel_matrix(self.n_fft, self.n_mels))).value
         kernels = jnp.concatenate([real, imag], axis=1)[:, None, :]  # one convolution for both parts
         spectrum = lax.conv_general_dilated(
-            wave[:, :, None], kernels, (self.hop,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+            wave[:, :, None], kernels, (self.hop,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), precision=EXACT
         )
         bins = self.n_fft // 2 + 1
         power = spectrum[..., :bins] ** 2 + spectrum[..., bins:] ** 2
-        return 10.0 * jnp.log10(jnp.maximum(power @ mel, MEL_FLOOR))
+        return 10.0 * jnp.log10(jnp.maximum(jnp.matmul(power, mel, precision=EXACT), MEL_FLOOR))

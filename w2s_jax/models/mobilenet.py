@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.nn import hard_sigmoid, hard_swish, relu
 
+from w2s_jax.models.forms import check_running
 from w2s_jax.models.frontend import LogMel, normalise
 from w2s_jax.models.norm import BatchNorm
 from w2s_jax.models.pooling import AttentionPooling
@@ -294,12 +295,12 @@ class Convolution(nn.Module):
         initial = nn.initializers.variance_scaling(2.0, "fan_in" if self.depthwise else "fan_out", "normal")
         kernel = self.param("kernel", initial, (size, size, 1 if self.depthwise else inputs, self.channels))
         if size == stride == 1:
-            return _dense(x, kernel[0, 0])
+            return _dense(x, kernel[0, 0].astype(x.dtype))
         if jax.default_backend() == "cpu":
             if self.depthwise:
                 return shifted_products(x, kernel, stride)
             patches = jnp.concatenate([part for _, part in _shifts(_padded(x, size), size, stride)], axis=-1)
-            return _dense(patches, kernel.reshape(size * size * inputs, self.channels))
+            return _dense(patches, kernel.reshape(size * size * inputs, self.channels).astype(x.dtype))
         return convolution(x, kernel, stride)
 
 
@@ -308,7 +309,7 @@ def convolution(x: Array, kernel: Array, stride: int) -> Array:
     pad = (len(kernel) - 1) // 2  # not "SAME", which would pad less before than after
     return lax.conv_general_dilated(
         x,
-        kernel,
+        kernel.astype(x.dtype),
         (stride, stride),
         ((pad, pad), (pad, pad)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -323,13 +324,13 @@ def _dense(x: Array, kernel: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def shifted_products(x: Array, kernel: Array, stride: int) -> Array:
-    """The depthwise convolution of [B, time, mel, C] with [k, k, 1, C], as a sum of k² shifted products.
+    """The depthwise convolution of [B, time, mel, C] with float32 [k, k, 1, C], as a float32 sum of k² shifted products.
 
     XLA fuses them into one loop over long rows. On a CPU, its own depthwise convolution costs 20 to 90 times as much
     (measured: experiments/README.md).
     """
     size = len(kernel)
-    return sum(kernel[i, j, 0] * part for (i, j), part in _shifts(_padded(x, size), size, stride))
+    return sum(kernel[i, j, 0] * part for (i, j), part in _shifts(_padded(x, size), size, stride)).astype(x.dtype)
 
 
 def _padded(x: Array, size: int) -> Array:
@@ -352,15 +353,16 @@ def _shifted_products_forward(x: Array, kernel: Array, stride: int):
 def _shifted_products_backward(stride: int, kept, g: Array):
     x, kernel = kept
     size = len(kernel)
+    g32 = g.astype(jnp.float32)
     # in two steps: XLA's loops add whole images fast, but not down to a few channels at once; the barrier keeps them apart
     parts = _shifts(_padded(x, size), size, stride)
-    sums = [lax.optimization_barrier((g * part).sum(axis=0)).sum(axis=(0, 1)) for _, part in parts]
+    sums = [lax.optimization_barrier((g32 * part).sum(axis=0)).sum(axis=(0, 1)) for _, part in parts]
     # for x the same sum with the kernel turned round, over g with zeros where the stride left places out
     low = size // 2
     edges = [(0, 0, 0), *((low, x.shape[a] + low - (g.shape[a] - 1) * stride - 1, stride - 1) for a in (1, 2)), (0, 0, 0)]
     spread = lax.pad(g, jnp.zeros((), g.dtype), edges)
     dx = sum(kernel[size - 1 - i, size - 1 - j, 0] * part for (i, j), part in _shifts(spread, size, 1))
-    return dx, jnp.stack(sums).reshape(kernel.shape)
+    return dx.astype(x.dtype), jnp.stack(sums).reshape(kernel.shape)
 
 
 shifted_products.defvjp(_shifted_products_forward, _shifted_products_backward)
@@ -389,9 +391,9 @@ class SqueezeExcite(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         channels = x.shape[-1]
-        gate = x.mean(axis=(1, 2), keepdims=True)
+        gate = x.mean(axis=(1, 2), keepdims=True, dtype=jnp.float32)
         gate = relu(nn.Conv(rounded(channels / 4), (1, 1), name="reduce")(gate))
-        return x * hard_sigmoid(nn.Conv(channels, (1, 1), name="expand")(gate))
+        return x * hard_sigmoid(nn.Conv(channels, (1, 1), name="expand")(gate)).astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -435,9 +437,10 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """A MobileNet without its head: float32 images [B, time, mel, 1] → [B, ⌈time/32⌉, ⌈mel/32⌉, C].
+    """A MobileNet without its head: images [B, time, mel, 1] → [B, ⌈time/32⌉, ⌈mel/32⌉, C].
 
-    C is the last row's count (576 or 960) times ``width``. Any image of at least one frame and one band will do.
+    C is the last row's count (576 or 960) times ``width``. Any image of at least one frame and one band will do; its dtype,
+    float32 or bfloat16, is that of all activations.
     """
 
     architecture: Architecture
@@ -459,7 +462,8 @@ class MobileNetStudent(nn.Module):
     """What the five students share: float32 16 kHz waveforms [B, T], T ≥ n_fft → logits [B, dimensions].
 
     Normalised per utterance inside the network; log-mel image; trunk; every place of its image [B, t, m, C] is a token of
-    the attention pooling; Dense. The outputs are not clipped. A student's class names its table as ``architecture``.
+    the attention pooling; Dense. The outputs are not clipped. A student's class names its table as ``architecture``. ``dtype``
+    is that of the trunk's activations, "float32" or "bfloat16"; parameters, front end, sums and logits are float32 anyway.
     """
 
     dimensions: int = 3
@@ -468,6 +472,11 @@ class MobileNetStudent(nn.Module):
     hop: int = 32
     n_mels: int = 26
     axis_name: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_running(self)
+        super().__post_init__()
 
     @property
     def minimum_samples(self) -> int:
@@ -477,7 +486,7 @@ class MobileNetStudent(nn.Module):
     @nn.compact
     def __call__(self, wave: Array, train: bool = False) -> Array:
         image = LogMel(self.n_fft, self.hop, self.n_mels, name="logmel")(normalise(wave))
-        x = Trunk(self.architecture, self.width, self.axis_name, name="trunk")(image[..., None], train)
+        x = Trunk(self.architecture, self.width, self.axis_name, name="trunk")(image[..., None].astype(self.dtype), train)
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         return nn.Dense(self.dimensions, name="adv")(AttentionPooling(name="pool")(tokens))
 

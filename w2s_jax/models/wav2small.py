@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from w2s_jax.artifacts import UsageError
+from w2s_jax.models.forms import FormedConvolution, check_running
 from w2s_jax.models.frontend import LogMel, normalise
 from w2s_jax.models.norm import BatchNorm
 from w2s_jax.models.pooling import POOLINGS, AttentionPooling, mean_pooling, statistics_pooling
@@ -26,6 +27,7 @@ def _check(module: nn.Module) -> None:
             raise UsageError(f"{name} is {value!r}; expected a whole number of at least {least}")
     if module.kernel % 2 == 0:
         raise UsageError(f"kernel is {module.kernel}; expected an odd number, which has a middle")
+    check_running(module)
 
 
 class ConvBlock(nn.Module):
@@ -35,12 +37,11 @@ class ConvBlock(nn.Module):
     kernel: int = 3
     stride: int = 1
     axis_name: str | None = None
+    form: str = "auto"
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        size, stride = (self.kernel, self.kernel), (self.stride, self.stride)
-        # as many zeros on both ends, as in PyTorch; "SAME" would pad less before than after where the stride is even
-        x = nn.Conv(self.channels, size, stride, padding=self.kernel // 2, use_bias=False, name="conv")(x)
+        x = FormedConvolution(self.channels, self.kernel, self.stride, self.form, name="conv")(x)
         return BatchNorm(True, self.axis_name, name="norm")(x, train)
 
 
@@ -72,6 +73,7 @@ class VGG(nn.Module):
         kernel: odd size of the blocks' convolutions.
         stride: of the first convolution, over time and mel alike.
         axis_name: of a pmap, for BatchNorm.
+        form: of the 3×3 convolutions, one of ``forms.CHOICES``; another form is another way to the same results.
     """
 
     channels: int = 13
@@ -80,6 +82,7 @@ class VGG(nn.Module):
     kernel: int = 3
     stride: int = 1
     axis_name: str | None = None
+    form: str = "auto"
 
     def __post_init__(self) -> None:
         _check(self)
@@ -89,7 +92,7 @@ class VGG(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         for layer in range(1, self.before + self.after + 1):
             stride = self.stride if layer == 1 else 1
-            x = ConvBlock(self.channels, self.kernel, stride, self.axis_name, name=f"l{layer}")(x, train)
+            x = ConvBlock(self.channels, self.kernel, stride, self.axis_name, self.form, name=f"l{layer}")(x, train)
             if layer == self.before:
                 # PyTorch's MaxPool2d(3, 2, 1); what comes out of a ReLU is never below the zeros that pad it
                 x = _halve(_halve(x, 2), 1)
@@ -97,7 +100,11 @@ class VGG(nn.Module):
 
 
 class Wav2SmallStudent(nn.Module):
-    """What both students share: front end and trunk. ``before``, ``after``, ``kernel`` and ``stride`` are those of ``VGG``."""
+    """What both students share: front end and trunk.
+
+    ``before``, ``after``, ``kernel``, ``stride`` and ``form`` are those of ``VGG``. ``dtype`` is that of the activations from
+    the trunk's input to the pooling, "float32" or "bfloat16"; parameters, front end, sums and logits are float32 anyway.
+    """
 
     dimensions: int = 3
     channels: int = 13
@@ -109,6 +116,8 @@ class Wav2SmallStudent(nn.Module):
     kernel: int = 3
     stride: int = 1
     axis_name: str | None = None
+    form: str = "auto"
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         _check(self)  # here too, so that ``build`` refuses before anything is traced
@@ -123,8 +132,8 @@ class Wav2SmallStudent(nn.Module):
     def features(self, wave: Array, train: bool) -> Array:
         """Waveforms [B, T] → the trunk's image [B, time, mel, channels]; only to be called in ``__call__``."""
         image = LogMel(self.n_fft, self.hop, self.n_mels, name="logmel")(normalise(wave))
-        trunk = VGG(self.channels, self.before, self.after, self.kernel, self.stride, self.axis_name, name="vgg7")
-        return trunk(image[..., None], train)
+        sizes = (self.channels, self.before, self.after, self.kernel, self.stride)
+        return VGG(*sizes, self.axis_name, self.form, name="vgg7")(image[..., None].astype(self.dtype), train)
 
 
 class Wav2Small(Wav2SmallStudent):
@@ -145,7 +154,7 @@ class Wav2Small(Wav2SmallStudent):
 
     @nn.compact
     def __call__(self, wave: Array, train: bool = False) -> Array:
-        x = nn.Conv(self.channels, (1, 1), name="mix")(self.features(wave, train))
+        x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="mix")(self.features(wave, train))
         batch, time, mel, channels = x.shape
         # features are ordered (channel, mel), as in the PyTorch original, so that weights carry over unchanged
         tokens = x.transpose(0, 1, 3, 2).reshape(batch, time, channels * mel)

@@ -1,0 +1,110 @@
+"""How a network runs, which is not part of what it is: its dtype, and the form of its 3×3 convolutions.
+
+Whatever is chosen here, parameters keep their names, shapes and float32, and results are the same up to rounding.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from w2s_jax.artifacts import UsageError
+
+#: Fields of students that say how they run; no file of a student needs them.
+RUNNING = ("axis_name", "form", "dtype")
+#: What activations may be between layers. Parameters, front end, BatchNorm's sums, pooling over time and logits stay float32.
+DTYPES = ("float32", "bfloat16")
+#: What the field ``form`` of a Wav2Small may be.
+CHOICES = ("auto", "direct", "blocks", "bands")
+#: What "auto" takes on each backend. cpu: measured (experiments/README.md). gpu, tpu: by arithmetic, not measured: on a GPU all
+#: forms are bound by memory traffic, while 13 channels fill a tenth of each side of a TPU's 128 × 128 matrix unit.
+FORMS = {"cpu": "direct", "gpu": "direct", "tpu": "blocks"}
+#: Mel bins of a block. With 13 channels, 7 of them are the most whose 91 outputs fit a matrix unit of 128.
+BLOCK = 7
+
+
+def check_running(module: nn.Module) -> None:
+    """Refuse a ``dtype``, or a ``form`` where the module has one, that does not exist.
+
+    Raises:
+        UsageError: names the choices.
+    """
+    for field, choices in (("dtype", DTYPES), ("form", CHOICES)):
+        value = getattr(module, field, choices[0])
+        if value not in choices:
+            raise UsageError(f"{field} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def chosen(form: str) -> str:
+    """The form itself, or what "auto" means on this backend."""
+    return FORMS.get(jax.default_backend(), "direct") if form == "auto" else form
+
+
+class FormedConvolution(nn.Module):
+    """``nn.Conv`` without bias, as many zeros on both ends, in one of several forms.
+
+    [B, time, mel, C] → [B, ⌈time/stride⌉, ⌈mel/stride⌉, channels], of the input's dtype. ``form`` is as in ``CHOICES``; other
+    kernels than 3×3 with stride 1 are always direct.
+    """
+
+    channels: int
+    kernel: int = 3
+    stride: int = 1
+    form: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        form = chosen(self.form) if (self.kernel, self.stride) == (3, 1) else "direct"
+        return {"blocks": in_blocks, "bands": in_bands}.get(form, direct)(x, kernel, self.stride)
+
+
+def direct(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """The convolution as XLA's own operator: [B, time, mel, C] with [k, k, C, channels]."""
+    # not "SAME", which would pad less before than after where the stride is even
+    return _convolve(x, kernel, (stride, stride), len(kernel) // 2)
+
+
+def in_blocks(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """The same for 3×3 and stride 1: blocks of 7 mel bins, overlapping by the 2 that a kernel needs, are channels.
+
+    What is left is a convolution of three taps over time, from 9·C to 7·channels; blocks do not see each other.
+    """
+    batch, time, mel, inputs = x.shape
+    blocks = -(-mel // BLOCK)
+    grid = jnp.pad(x, ((0, 0), (0, 0), (1, (blocks + 1) * BLOCK - mel - 1), (0, 0)))
+    grid = grid.reshape(batch, time, blocks + 1, BLOCK, inputs)
+    seen = jnp.concatenate([grid[:, :, :-1], grid[:, :, 1:, :2]], axis=3).reshape(batch, time, blocks, -1)
+    out = _convolve(seen, _banded(kernel, BLOCK + 2, BLOCK, 0)[:, None], (1, 1), (1, 0))
+    return out.reshape(batch, time, blocks * BLOCK, -1)[:, :, :mel]
+
+
+def in_bands(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """The same for 3×3 and stride 1: all mel bins are channels, three taps over time, from mel·C to mel·channels."""
+    batch, time, mel, inputs = x.shape
+    out = _convolve(x.reshape(batch, time, 1, mel * inputs), _banded(kernel, mel, mel, 1)[:, None], (1, 1), (1, 0))
+    return out.reshape(batch, time, mel, -1)
+
+
+def _convolve(x: Array, kernel: Array, stride: tuple[int, int], padding: int | tuple[int, int]) -> Array:
+    high, wide = (padding, padding) if isinstance(padding, int) else padding
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel.astype(x.dtype), stride, ((high, high), (wide, wide)), dimension_numbers=dimensions
+    )
+
+
+def _banded(kernel: Array, inputs: int, outputs: int, before: int) -> Array:
+    """A kernel [3, 3, C, channels] as matrices [3, inputs · C, outputs · channels] from mel bins to mel bins.
+
+    Output bin j sees the input bins j - before, j - before + 1 and j - before + 2, where there are such.
+    """
+    i, j, k = np.ogrid[:inputs, :outputs, :3]
+    place = (i - j + before == k).astype(np.float32)
+    # exact: accelerators would round the float32 parameters, and the sums of their gradients
+    matrices = jnp.einsum("ijk,tkco->ticjo", place, kernel, precision=lax.Precision.HIGHEST)
+    return matrices.reshape(3, inputs * kernel.shape[2], outputs * kernel.shape[3])
