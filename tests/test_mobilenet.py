@@ -192,6 +192,24 @@ def test_forms_for_the_cpu_are_xlas_convolution(size, stride, depthwise, shape):
         np.testing.assert_allclose(ours_, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize(("size", "stride", "depthwise"), [(5, 2, True), (3, 2, False)])
+def test_forms_for_the_cpu_are_float32_rounded(size, stride, depthwise):
+    layer = Convolution(4, size, stride, depthwise)
+    shapes = (size, size, 1 if depthwise else 4, 4), (2, 9, 6, 4)
+    kernel, x = (jax.random.normal(jax.random.key(at), shape).astype(jnp.bfloat16) for at, shape in enumerate(shapes))
+
+    def run(dtype):  # the same values in both, which bfloat16 can hold; the parameter is float32 in both
+        y, pullback = jax.vjp(
+            lambda k, x: layer.apply({"params": {"kernel": k}}, x), kernel.astype(jnp.float32), x.astype(dtype)
+        )
+        return y, *pullback(jnp.ones_like(y))
+
+    for rounded, exact, dtype in zip(run(jnp.bfloat16), run(jnp.float32), ("bfloat16", "float32", "bfloat16"), strict=True):
+        assert rounded.dtype == dtype
+        # to 8 bits once, or where patches overlap a few times
+        np.testing.assert_allclose(rounded.astype(np.float32), exact, atol=2**-8 * np.abs(exact).max())
+
+
 def test_batchnorm_moments_are_stable_and_global():
     # a small spread around a large mean, two devices with different data: numpy in float64 says what is right
     rng = np.random.default_rng(0)

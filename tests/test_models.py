@@ -5,20 +5,23 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import librosa
 import numpy as np
+import optax
 import pytest
 from conftest import voice
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from w2s_jax import convert, models
+from w2s_jax import checkpoint, convert, models
 from w2s_jax.artifacts import MismatchError, UsageError
-from w2s_jax.models import mobilenet
+from w2s_jax.models import forms, mobilenet, wav2small
 from w2s_jax.models.frontend import LogMel, fourier_kernels, mel_matrix, normalise
 
 GOLDEN = Path(__file__).parent / "golden" / "wav2small.npz"
+FORMS = [form for form in forms.CHOICES if form != "auto"]
 PEER = Path(__file__).parents[2] / "shared" / "peers" / "torch_wav2small.py"
 
 
@@ -63,8 +66,8 @@ def flax_variables(golden) -> dict:
     return {"params": params, "batch_stats": stats, "frontend": fixed}
 
 
-def check_against(golden) -> None:
-    student, variables = models.build("wav2small"), flax_variables(golden)
+def check_against(golden, form: str = "direct") -> None:
+    student, variables = models.build("wav2small", form=form), flax_variables(golden)
     np.testing.assert_allclose(student.apply(variables, golden["wave"]), golden["logits"], atol=1e-5, rtol=1e-5)
     image = LogMel().apply({"frontend": variables["frontend"]["logmel"]}, normalise(golden["wave"]))
     np.testing.assert_allclose(image, golden["logmel"], atol=1e-3)
@@ -73,8 +76,9 @@ def check_against(golden) -> None:
     np.testing.assert_allclose(fixed["imag"].T, golden["weight/logmel.imag.weight"][:, 0], atol=1e-6)
 
 
-def test_forward_is_the_torch_peers_golden():
-    check_against(np.load(GOLDEN))
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_is_the_torch_peers_golden(form):
+    check_against(np.load(GOLDEN), form)
 
 
 @pytest.mark.torch
@@ -106,6 +110,8 @@ def test_unknown_names_are_refused():
         models.build("wav2small", chanels=3)
 
 
+#: Nearly all of a test's time can be XLA's.
+CARELESS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 #: Fields of the search space, each away from its default at least once.
 FIELDS = {
     "shallow": {"before": 2, "after": 2},
@@ -120,8 +126,13 @@ def varied(fields: dict, name: str = "wav2small"):
     """A small student with these fields, random variables, and two waves of 0.2 s."""
     student = models.build(name, channels=4, **fields)
     wave = np.stack([voice(0.2, 1), voice(0.2, 2)])
+    return student, drawn(student, wave), wave
+
+
+def drawn(student, wave: np.ndarray) -> dict:
+    """Random variables of a student, but for its front end; nothing is compiled."""
     rng = np.random.default_rng(7)
-    flat = flatten_dict(jax.eval_shape(student.init, jax.random.key(0), wave))  # nothing is compiled
+    flat = flatten_dict(jax.eval_shape(student.init, jax.random.key(0), wave))
     for path, leaf in flat.items():
         if path[-1] == "kernel":
             flat[path] = rng.standard_normal(leaf.shape) / np.sqrt(leaf.size / leaf.shape[-1])
@@ -132,7 +143,7 @@ def varied(fields: dict, name: str = "wav2small"):
     real, imag = fourier_kernels(student.n_fft)
     fixed = {"real": real, "imag": imag, "mel": mel_matrix(student.n_fft, student.n_mels)}
     flat |= {("frontend", "logmel", key): array for key, array in fixed.items()}
-    return student, jax.tree.map(np.float32, unflatten_dict(flat)), wave
+    return jax.tree.map(np.float32, unflatten_dict(flat))
 
 
 def logits_and_image(student, variables: dict, wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -247,6 +258,171 @@ def test_gradients_are_finite(pooling):
         assert path == ("pool", "sof", "bias") or np.abs(gradient).max() > 0, path
 
 
+def image_and_kernel(shape, channels: int, size: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """An image, a kernel, and weights of the result, so that a loss has other gradients from place to place."""
+    rng = np.random.default_rng(0)
+    arrays = (shape, (size, size, shape[-1], channels), (*shape[:-1], channels))
+    return tuple(rng.standard_normal(shape).astype(np.float32) for shape in arrays)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "direct"])
+@pytest.mark.parametrize(("shape", "channels", "size"), [
+    ((2, 9, 26, 13), 13, 3), ((2, 5, 13, 13), 13, 3), ((1, 1, 26, 1), 8, 3), ((3, 4, 7, 3), 16, 3), ((1, 3, 1, 2), 5, 3),
+    ((2, 6, 10, 2), 3, 5),
+])  # fmt: skip
+def test_forms_of_a_convolution_are_equal(form, shape, channels, size):
+    x, kernel, weight = image_and_kernel(shape, channels, size)
+
+    def run(x, kernel, weight, layer):
+        def loss(x, kernel):
+            y = layer.apply({"params": {"kernel": kernel}}, x)
+            return (weight * y).sum(), y
+
+        gradients, y = jax.grad(loss, (0, 1), has_aux=True)(x, kernel)
+        return y, *gradients
+
+    run = jax.jit(run, static_argnums=3)
+    expected = run(x, kernel, weight, nn.Conv(channels, (size, size), padding=size // 2, use_bias=False))
+    for ours, theirs in zip(run(x, kernel, weight, forms.FormedConvolution(channels, size, form=form)), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(2, 9, 26, 13), (2, 5, 13, 13), (1, 1, 26, 1), (3, 4, 15, 8)])
+def test_forms_of_a_convolution_are_torchs(form, shape):
+    torch = pytest.importorskip("torch")
+    arrays = image_and_kernel(shape, 13)
+    image, weights, factor = (torch.from_numpy(array).double().requires_grad_() for array in arrays)
+    y = torch.nn.functional.conv2d(image.permute(0, 3, 1, 2), weights.permute(3, 2, 0, 1), padding=1).permute(0, 2, 3, 1)
+    (factor * y).sum().backward()
+    layer = forms.FormedConvolution(13, form=form)
+    ours, pullback = jax.vjp(lambda x, kernel: layer.apply({"params": {"kernel": kernel}}, x), *arrays[:2])
+    for array, tensor in zip((ours, *pullback(arrays[2])), (y.detach(), image.grad, weights.grad), strict=True):
+        np.testing.assert_allclose(array, tensor, rtol=1e-5, atol=1e-5 * tensor.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["wav2small", "wav2small_17k"])
+def test_how_it_runs_is_not_what_it_is(name, tmp_path):
+    fields = {"channels": 4, "before": 1, "after": 1}
+    plain = models.build(name, **fields)
+    wave = jax.ShapeDtypeStruct((2, 1600), jnp.float32)
+    for form in forms.CHOICES:
+        student = models.build(name, **fields, form=form, dtype="bfloat16")
+        shapes = [jax.eval_shape(module.init, jax.random.key(0), wave) for module in (student, plain)]
+        assert shapes[0] == shapes[1]
+        assert models.macs(student, 1600) == models.macs(plain, 1600)
+    assert set(forms.FORMS.values()) <= set(FORMS)
+    given = drawn(plain, wave)
+    about = {"dimensions": ["a", "b", "c"], "teacher": {"name": "none", "licence": "none"}}
+    checkpoint.save_student(tmp_path, name, {**fields, "form": "bands", "dtype": "bfloat16", "axis_name": "i"}, given, about)
+    loaded, variables, config = checkpoint.load_student(tmp_path)
+    assert config["fields"] == fields
+    assert loaded == plain
+    jax.tree.map(np.testing.assert_array_equal, variables, given)
+
+
+def test_layers_start_as_flax_has_them():
+    x, key = np.ones((1, 4, 5, 3), np.float32), jax.random.key(1)
+    pairs = [
+        (forms.FormedConvolution(6, form="blocks"), nn.Conv(6, (3, 3), use_bias=False)),
+        (forms.Dense(6), nn.Dense(6)),
+        (forms.Dense(6, axes=2), nn.Conv(6, (1, 1))),
+    ]
+    for ours, theirs in pairs:
+        jax.tree.map(np.testing.assert_array_equal, ours.init(key, x), theirs.init(key, x))
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of those in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in equation.params.values():
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def training_gradient(student, variables: dict, wave):
+    """A function of the parameters: gradient, changed statistics and logits of a training step."""
+
+    def loss(params):
+        logits, changed = student.apply({**variables, "params": params}, wave, train=True, mutable=["batch_stats"])
+        return jnp.square(logits - jnp.arange(logits.shape[0])[:, None]).mean(), (changed["batch_stats"], logits)
+
+    return jax.grad(loss, has_aux=True)
+
+
+BFLOAT16 = {
+    **{f"wav2small {form}": ("wav2small", {"form": form}) for form in FORMS},
+    **{f"wav2small {pooling}": ("wav2small", {"pooling": pooling}) for pooling in ("mean", "statistics")},
+    **{name: (name, {}) for name in ("wav2small_17k", "mobilenet_v3_s", "mobilenet_v4_s", "cnn14")},
+}
+
+
+@pytest.mark.parametrize(("name", "fields"), BFLOAT16.values(), ids=BFLOAT16)
+def test_bfloat16_is_what_lies_between_layers_and_nothing_else(name, fields):
+    student, bfloat16, float32 = models.build(name, **fields, dtype="bfloat16"), {jnp.dtype("bfloat16")}, {jnp.dtype("float32")}
+    wave = jax.ShapeDtypeStruct((2, 16_000), jnp.float32)
+    variables = jax.eval_shape(student.init, jax.random.key(0), wave)  # nothing is computed
+
+    def step(variables, wave):
+        return training_gradient(student, variables, wave)(variables["params"])
+
+    def layers(variables, wave):
+        wanted = lambda module, _: isinstance(module, (wav2small.ConvBlock, mobilenet.ConvNorm, mobilenet.Block))  # noqa: E731
+        return student.apply(variables, wave, capture_intermediates=wanted, mutable=["intermediates"])[1]
+
+    jaxpr, out = jax.make_jaxpr(step, return_shape=True)(variables, wave)
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, out))} == float32  # parameters, gradients, statistics, logits
+    assert name == "cnn14" or {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(layers, variables, wave))} == bfloat16
+    sums, images = set(), set()
+    for equation in equations(jaxpr.jaxpr):
+        kinds = {operand.aval.dtype for operand in (*equation.invars, *equation.outvars)}
+        if equation.primitive.name == "reduce_sum":
+            sums |= kinds
+        # the Fourier transform is a convolution of rows; the gates of squeeze-excite are images of one place
+        elif equation.primitive.name == "conv_general_dilated" and len(equation.outvars[0].aval.shape) == 4:
+            images |= kinds if name != "mobilenet_v3_s" else set()
+    assert sums == float32
+    assert images <= bfloat16
+
+
+def check_bfloat16(name: str, fields: dict, waves: np.ndarray, logits: float, gradient: float) -> None:
+    """Norms of the differences, relative to those of the float32 results, stay below the bounds ``logits`` and ``gradient``."""
+    results = []
+    for dtype in forms.DTYPES:
+        student = models.build(name, **fields, dtype=dtype)
+        variables = drawn(student, waves)
+        run = jax.jit(training_gradient(student, variables, waves), compiler_options=CARELESS)
+        results.append(run(variables["params"]))
+    (slope, (stats, said)), (rounded_slope, (rounded_stats, rounded_said)) = results
+    for rounded, exact, bound in (
+        (rounded_said, said, logits), (rounded_stats, stats, 0.01), (rounded_slope, slope, gradient)
+    ):  # fmt: skip
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(rounded))
+        difference = optax.tree.norm(jax.tree.map(jnp.subtract, rounded, exact)) / optax.tree.norm(exact)
+        assert 0 < difference < bound
+
+
+# bfloat16 has 8 bits: every layer adds an error of up to 2^-9 of each value, 0.2 %, independent of one another; gradients
+# gather those of both ways, and where a value crosses 0 its ReLU lets through another gradient
+@pytest.mark.parametrize(("name", "fields"), [
+    ("wav2small", {"channels": 8, "before": 1, "after": 1}), ("wav2small_17k", {"channels": 8, "before": 1, "after": 0}),
+])  # fmt: skip
+def test_bfloat16_is_float32_but_for_rounding(name, fields):
+    check_bfloat16(name, fields, np.stack([voice(0.2, seed) for seed in range(3)]), 0.02, 0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "fields"), [
+    *[("wav2small", {"form": form}) for form in FORMS], ("wav2small_17k", {}), ("mobilenet_v3_s", {}), ("mobilenet_v4_s", {}),
+    ("cnn14", {"channels": 8}),
+])  # fmt: skip
+def test_bfloat16_is_float32_but_for_rounding_in_deep_students(name, fields):
+    check_bfloat16(name, fields, np.stack([voice(1.0, seed) for seed in range(8)]), 0.1, 0.4)
+
+
 def test_counts_follow_the_fields():
     counts = models.count(models.build("wav2small", channels=8, before=2, after=1, kernel=5, n_mels=20, pooling="statistics"))
     blocks = 25 * 8 + 2 * 25 * 8 * 8 + 3 * 2 * 8
@@ -266,6 +442,9 @@ def test_counts_follow_the_fields():
         ("wav2small", {"channels": "13"}, "channels is '13'; expected a whole number"),
         ("wav2small", {"pooling": "max"}, "pooling is 'max'; expected one of attention, mean, statistics"),
         ("wav2small_17k", {"pooling": "mean"}, "no field pooling"),
+        ("wav2small", {"form": "block"}, "form is 'block'; expected one of auto, direct, blocks, bands"),
+        ("mobilenet_v4_s", {"form": "bands"}, "no field form"),
+        ("cnn14", {"dtype": "float16"}, "dtype is 'float16'; expected one of float32, bfloat16"),
     ],
 )
 def test_fields_that_make_no_network_are_refused(name, fields, says):

@@ -29,7 +29,8 @@ def save_student(directory: str | Path, name: str, fields: dict, variables: dict
             labels, with its licence) are required; anything else that JSON can hold is kept.
     """
     directory = Path(directory)
-    arrays = {"/".join(path): np.asarray(leaf) for path, leaf in flatten_dict(variables).items()}
+    # safetensors writes an array's memory as it lies, transposed or not
+    arrays = {"/".join(path): np.ascontiguousarray(leaf) for path, leaf in flatten_dict(variables).items()}
     write_atomic(directory / WEIGHTS, lambda temporary: save_file(arrays, temporary, {"format": "w2s-student"}))
     config = {
         "format": "w2s-student",

@@ -63,6 +63,25 @@ class FormedConvolution(nn.Module):
         return {"blocks": in_blocks, "bands": in_bands}.get(form, direct)(x, kernel, self.stride)
 
 
+class Dense(nn.Module):
+    """``nn.Dense``, or with ``axes=2`` the 1×1 ``nn.Conv``, whose bias is added in float32: [..., C] → float32 [..., features].
+
+    The product has the input's dtype. A bias added in bfloat16 would have a gradient summed in bfloat16, over all places of all
+    images: after 256 equal terms such a sum stands still.
+    """
+
+    features: int
+    axes: int = 0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        inputs = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (1,) * self.axes + (inputs, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = x.reshape(-1, inputs) @ kernel.reshape(inputs, self.features).astype(x.dtype)
+        return y.reshape(*x.shape[:-1], self.features).astype(jnp.float32) + bias
+
+
 def direct(x: Array, kernel: Array, stride: int = 1) -> Array:
     """The convolution as XLA's own operator: [B, time, mel, C] with [k, k, C, channels]."""
     # not "SAME", which would pad less before than after where the stride is even

@@ -386,14 +386,15 @@ class ConvNorm(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Each channel of [B, time, mel, C] times a gate in [0, 1] that all channels' means decide."""
+    """Each channel of [B, time, mel, C] times a gate in [0, 1] that all channels' means decide; the gates are float32."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         channels = x.shape[-1]
         gate = x.mean(axis=(1, 2), keepdims=True, dtype=jnp.float32)
         gate = relu(nn.Conv(rounded(channels / 4), (1, 1), name="reduce")(gate))
-        return x * hard_sigmoid(nn.Conv(channels, (1, 1), name="expand")(gate)).astype(x.dtype)
+        # the product in float32, and so the sums of the gates' gradient
+        return (x * hard_sigmoid(nn.Conv(channels, (1, 1), name="expand")(gate))).astype(x.dtype)
 
 
 class Block(nn.Module):

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from w2s_jax.models.forms import Dense
+
 #: What a student's field ``pooling`` may be.
 POOLINGS = ("attention", "mean", "statistics")
 
@@ -21,9 +23,9 @@ class AttentionPooling(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         features = x.shape[-1]
-        value = nn.Dense(features, dtype=x.dtype, name="lin")(x)
-        score = nn.Dense(features, dtype=x.dtype, name="sof")(x)
-        return (value * nn.softmax(score.astype(jnp.float32), axis=1)).sum(axis=1)
+        value = Dense(features, name="lin")(x)
+        weight = nn.softmax(Dense(features, name="sof")(x), axis=1)
+        return (value * weight).sum(axis=1)
 
 
 def mean_pooling(x: Array) -> Array:

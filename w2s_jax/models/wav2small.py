@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from w2s_jax.artifacts import UsageError
-from w2s_jax.models.forms import FormedConvolution, check_running
+from w2s_jax.models.forms import Dense, FormedConvolution, check_running
 from w2s_jax.models.frontend import LogMel, normalise
 from w2s_jax.models.norm import BatchNorm
 from w2s_jax.models.pooling import POOLINGS, AttentionPooling, mean_pooling, statistics_pooling
@@ -154,7 +154,7 @@ class Wav2Small(Wav2SmallStudent):
 
     @nn.compact
     def __call__(self, wave: Array, train: bool = False) -> Array:
-        x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="mix")(self.features(wave, train))
+        x = Dense(self.channels, axes=2, name="mix")(self.features(wave, train)).astype(self.dtype)
         batch, time, mel, channels = x.shape
         # features are ordered (channel, mel), as in the PyTorch original, so that weights carry over unchanged
         tokens = x.transpose(0, 1, 3, 2).reshape(batch, time, channels * mel)
