@@ -30,6 +30,8 @@ from w2s_jax.label import label
 from w2s_jax.losses import ccc, distillation_loss
 from w2s_jax.views import draw
 
+#: What a line of metrics.jsonl says of the machine; the rest is the same wherever a run was interrupted.
+SPEED = ("clips_per_second", "waiting_share", "arithmetic_share")
 TINY = ["fields.channels=2", "steps=12", "batch_size=6", "eval_every=4", "log_every=2"]
 
 
@@ -51,7 +53,8 @@ def trained(workdir):
     """What a run leaves, without the figures of its speed."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line.pop("clips_per_second", None)
+        for figure in [key for key in line if key in SPEED or key.startswith("memory_")]:
+            del line[figure]
     return lines, (workdir / "student" / "model.safetensors").read_bytes(), (workdir / "student" / "config.json").read_text()
 
 

@@ -167,6 +167,6 @@ def together(what: str) -> Iterator[None]:
             raise
         first = str(error).splitlines()[0][:200]
         raise W2SError(
-            f"{what}: process {jax.process_index()} of {jax.process_count()} lost the others ({first}); one of them has ended or "
-            "cannot be reached: look at its output, and start all of them again, they go on from the last checkpoint"
+            f"{what}: process {jax.process_index()} of {jax.process_count()} lost the others ({first}); one of them has ended "
+            "or cannot be reached: look at its output, and start all of them again, they go on from the last checkpoint"
         ) from error

@@ -73,7 +73,7 @@ def rows(bank: Bank, clips: np.ndarray | None = None, height: int = 0) -> tuple[
         height: rows that there shall be, if the clips need fewer.
 
     Returns:
-        int16 [⌈samples / ROW⌉ or height, ROW], and where each clip of the bank begins in it, int64 [clips]; -1: it is not there.
+        int16 [⌈samples / ROW⌉ or height, ROW], and where each clip of the bank begins in it, int64 [clips]; -1: not there.
     """
     clips = np.arange(len(bank)) if clips is None else clips
     lengths = bank.clips["samples"][clips].astype(np.int64)

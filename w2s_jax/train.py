@@ -7,6 +7,7 @@ processes, on many machines, run the driver together.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from w2s_jax import __version__, checkpoint, convert, metrics, models
+from w2s_jax import __version__, checkpoint, convert, metrics, models, observe
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError, locked, read_json, write_json
 from w2s_jax.bank import Bank
 from w2s_jax.evaluate import predict_views
@@ -42,6 +43,8 @@ from w2s_jax.views import Views
 SCAN_STEPS = {"cpu": 1, "gpu": 32, "tpu": 32}
 #: The most steps in one dispatch where batches come from the host: all of them lie on the device at once.
 HOST_SCAN_STEPS = 4
+#: Dispatches in a trace.
+PROFILED = 5
 #: Fewer validation views than this say too little about the spread of predictions to calibrate on.
 CALIBRATION_VIEWS = 100
 
@@ -104,9 +107,9 @@ def train_step(
         optimizer: an optax transformation.
         l2: weight of the squared error.
         ema: decay of the averaged weights.
-        accumulate: parts, of B / accumulate views, that the batch is heard in, one after the other, for want of memory. The loss
-            is that of the whole set: each part is heard twice, once for its predictions and once for its gradient. BatchNorm
-            sees the moments of a part.
+        accumulate: parts, of B / accumulate views, that the batch is heard in, one after the other, for want of memory. The
+            loss is that of the whole set: each part is heard twice, once for its predictions and once for its gradient.
+            BatchNorm sees the moments of a part.
         axis_name: of the pmap; the loss then sees the moments of the whole global batch.
 
     Returns:
@@ -360,13 +363,17 @@ class _Run:
             done = int(state.step)
             dispatch = self.dispatcher(groups)
             state = self.parallel.everywhere(state)
-            self.began, self.begun = time.perf_counter(), done
-            with _Log(self.workdir, done, self.labels.dimensions) if self.first else contextlib.nullcontext() as self.log:
+            peak = observe.peak_flops(self.layout.devices[0], config.dtype)
+            # the devices of a CPU share its cores
+            units = jax.process_count() if jax.default_backend() == "cpu" else len(self.layout.devices)
+            self.limit = peak and peak * units
+            with observe.Log(self.workdir, done, active=self.first) as self.log:
                 waiting = None  # a dispatch whose figures were not looked at: the next one is given out first
-                for state, *dispatched in dispatch(state, done):
+                for dispatched in dispatch(state, done):
                     if waiting:
                         self.settle(*waiting)
-                    waiting, done = dispatched, dispatched[-1]
+                    state, *waiting = dispatched
+                    done = waiting[-1]
                     evaluated = done % config.eval_every == 0 or done == config.steps
                     if evaluated or self.stopped:
                         self.settle(*waiting)
@@ -374,11 +381,13 @@ class _Run:
                         if evaluated:
                             best = self.evaluate(state, done, best)
                         self.save(checkpoints, state, done, best)
-                        self.began += time.perf_counter() - paused  # the speed is that of training
+                        self.began += time.perf_counter() - paused
                     if self.stopped:
                         checkpoints.wait_until_finished()
                         raise Interrupted(self.stopped, done, self.workdir)
-            seconds = time.perf_counter() - self.began
+            seconds = time.perf_counter() - self.began if self.began else 0.0
+        if self.first:
+            observe.plot(self.workdir)
         return {
             "student": str(self.workdir / "student"),
             "steps": config.steps,
@@ -386,11 +395,12 @@ class _Run:
             "validation_ccc": best["ccc"],
             "clips_per_second": round((done - self.begun) * config.batch_size / seconds, 1) if done > self.begun else None,
             "seconds": round(seconds, 1),
+            "picture": str(self.workdir / "training.png"),
         }
 
     def dispatcher(self, groups: np.ndarray) -> Callable:
-        """A generator (state, first step) → (state, metrics, views' rows [S, devices, b], first step, last step) …, the bank
-        where ``plan`` puts it."""
+        """A generator (state, first step) → (state, metrics, views' rows [S, devices, b], their length, first and last step) …,
+        the bank where ``plan`` puts it."""
         config, layout = self.config, self.layout
         decided = plan(self.bank, self.views, self.training, groups, layout, config)
         if self.say:
@@ -418,28 +428,50 @@ class _Run:
         feed.data = None  # the devices have it
 
         def dispatch(state: State, done: int) -> Iterator[tuple]:
-            batches = feed.batches(done, config.steps)
-            while done < config.steps:
-                end = min(done + scan, config.steps, self.batches.until(done), _next(done, config.eval_every))
-                lengths, rows, chosen = zip(*(next(batches) for _ in range(done, end)), strict=True)
-                signals = np.full(len(layout.local), self.stop.number, np.int32)
-                state, measured = run(state, data, stack(chosen), signals, lengths[0])
-                yield state, measured, np.stack(rows), done, end
-                done = end
+            batches, compiled, traced = feed.batches(done, config.steps), set(), 0
+            with contextlib.ExitStack() as tracing:
+                while done < config.steps:
+                    end = min(done + scan, config.steps, self.batches.until(done), _next(done, config.eval_every))
+                    asked = time.perf_counter()
+                    lengths, rows, chosen = zip(*(next(batches) for _ in range(done, end)), strict=True)
+                    self.waited += time.perf_counter() - asked
+                    shape = lengths[0], end - done
+                    begins = self.profile and not traced and shape in compiled  # or compiling would fill the trace
+                    if begins or traced == PROFILED:
+                        jax.block_until_ready(state)
+                        tracing.close()
+                    if begins:
+                        tracing.enter_context(observe.trace(self.workdir / "profile", self.say))
+                    traced += begins or traced > 0
+                    compiled.add(shape)
+                    signals = np.full(len(layout.local), self.stop.number, np.int32)
+                    state, measured = run(state, data, stack(chosen), signals, lengths[0])
+                    yield state, measured, np.stack(rows), lengths[0], done, end
+                    done = end
 
         return dispatch
 
     #: The signal that any process had got when a dispatch began that is finished now.
     stopped = 0
+    #: The clock of the speed: when it was started, and at which step. The first dispatch, which compiles, is not counted, nor
+    #: are evaluations. Since then: seconds that data was waited for, and arithmetic that was done.
+    began, begun, waited, arithmetic = 0.0, 0, 0.0, 0
 
-    def settle(self, measured: dict, rows: np.ndarray, start: int, end: int) -> None:
+    def settle(self, measured: dict, rows: np.ndarray, samples: int, start: int, end: int) -> None:
         """Wait for a dispatch; check its losses, and report them."""
         measured = jax.device_get(measured)
         self.stopped = int(measured.pop("signal"))
         self.check(measured["loss"], rows, start)
+        self.arithmetic += (end - start) * self.config.batch_size * self.flops(round(samples * self.config.crop))
+        if not self.began:
+            self.began, self.begun, self.waited, self.arithmetic = time.perf_counter(), end, 0.0, 0
         every = self.config.log_every
         if self.first and (end // every > start // every or end == self.config.steps):
-            self.report(measured, end, (end - self.begun) / (time.perf_counter() - self.began))
+            self.report(measured, end, time.perf_counter() - self.began)
+
+    @functools.cache  # noqa: B019 (a run is made once)
+    def flops(self, samples: int) -> int:
+        return observe.flops(self.student, samples)
 
     def check(self, losses: np.ndarray, rows: np.ndarray, done: int) -> None:
         """Stop at the first loss [S] that is not finite; later ones would only follow from it."""
@@ -451,17 +483,24 @@ class _Run:
                 "lower learning_rate, or look at these views' labels"
             )
 
-    def report(self, measured: dict, end: int, rate: float) -> None:
+    def report(self, measured: dict, end: int, seconds: float) -> None:
+        memory = observe.memory(jax.local_devices())
         figures = {
             "loss": float(measured["loss"].mean()),
             **{f"ccc/{d}": float(c) for d, c in zip(self.labels.dimensions, measured["ccc"].mean(axis=0), strict=True)},
             **{name: float(measured[name].mean()) for name in ("gradient_norm", "update_norm", "parameter_norm")},
             "learning_rate": float(self.schedule(end - 1)),
-            "clips_per_second": rate * self.config.batch_size,
+            **{f"memory_{name}_gib": memory[name] / 2**30 for name in ("in_use", "peak") if name in memory},
         }
+        speed = {}
+        if end > self.begun:
+            speed = {"clips_per_second": (end - self.begun) * self.config.batch_size / seconds}
+            figures |= speed | {"waiting_share": self.waited / seconds}
+            if self.limit:
+                figures["arithmetic_share"] = self.arithmetic / seconds / self.limit
         self.log.write("train", end, figures)
         if self.progress:
-            self.progress(end, self.config.steps, loss=figures["loss"], clips_per_second=figures["clips_per_second"])
+            self.progress(end, self.config.steps, loss=figures["loss"], **speed)
 
     def evaluate(self, state: State, step: int, best: dict) -> dict:
         """CCC of the averaged weights on the validation views; a better student than the best so far is kept."""
@@ -477,8 +516,7 @@ class _Run:
             scores = metrics.ccc(raw * deviation + mean, known)
             concordance = {name: float(score) for name, score in zip(self.labels.dimensions, scores, strict=True)}
             concordance["mean"] = float(scores.mean())
-            if self.first:
-                self.log.write("validation", step, {f"ccc/{name}": score for name, score in concordance.items()})
+            self.log.write("validation", step, {f"ccc/{name}": score for name, score in concordance.items()})
             if self.progress:
                 self.progress(step, self.config.steps, validation_ccc=concordance["mean"])
         if concordance is None or best["ccc"] is None or concordance["mean"] > best["ccc"]["mean"]:
@@ -558,37 +596,6 @@ def in_units(params: dict, mean: np.ndarray, deviation: np.ndarray) -> dict:
 def out_of_units(params: dict, mean: np.ndarray, deviation: np.ndarray) -> dict:
     """``in_units`` backwards: make an output layer ``adv`` that speaks in the labels' units give standardised values."""
     return in_units(params, -mean / deviation, 1 / deviation)
-
-
-class _Log:
-    """metrics.jsonl and TensorBoard events; after a resumption, nothing of the steps that are run again."""
-
-    def __init__(self, workdir: Path, done: int, dimensions: tuple[str, ...]) -> None:
-        from tensorboardX import SummaryWriter
-
-        path = workdir / "metrics.jsonl"
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError):  # a kill can leave half a line
-                if json.loads(line)["step"] <= done:
-                    kept.append(line + "\n")
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        self._file.writelines(kept)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=done + 1 if done else None)
-
-    def write(self, kind: str, step: int, figures: dict[str, float]) -> None:
-        line = {"step": step, "kind": kind, **{key: round(value, 6) for key, value in figures.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for key, value in figures.items():
-            self._board.add_scalar(f"{kind}/{key}", value, step)
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._file.close()
-        self._board.close()
 
 
 class _Stop:
