@@ -12,15 +12,17 @@ import numpy as np
 from jax import Array, lax
 
 from w2s_jax.artifacts import UsageError
+from w2s_jax.models import native
 
 #: Fields of students that say how they run; no file of a student needs them.
 RUNNING = ("axis_name", "form", "dtype")
 #: What activations may be between layers. Parameters, front end, BatchNorm's sums, pooling over time and logits stay float32.
 DTYPES = ("float32", "bfloat16")
 #: What the field ``form`` of a Wav2Small may be.
-CHOICES = ("auto", "direct", "blocks", "bands")
+CHOICES = ("auto", "direct", "blocks", "bands", "native")
 #: What "auto" takes on each backend. cpu: measured (experiments/README.md). gpu, tpu: by arithmetic, not measured: on a GPU all
-#: forms are bound by memory traffic, while 13 channels fill a tenth of each side of a TPU's 128 × 128 matrix unit.
+#: forms are bound by memory traffic, while 13 channels fill a tenth of each side of a TPU's 128 × 128 matrix unit. Training on
+#: a CPU is ``trains_natively`` where it can be.
 FORMS = {"cpu": "direct", "gpu": "direct", "tpu": "blocks"}
 #: Mel bins of a block. With 13 channels, 7 of them are the most whose 91 outputs fit a matrix unit of 128.
 BLOCK = 7
@@ -43,11 +45,33 @@ def chosen(form: str) -> str:
     return FORMS.get(jax.default_backend(), "direct") if form == "auto" else form
 
 
+def trains_natively(form: str, kernel: int, stride: int, dtype, axis_name: str | None) -> bool:
+    """Whether a trunk of such convolutions is trained by the compiled kernel (``native``).
+
+    "native" demands it; "auto" takes it on a CPU where it can be had. XLA cannot cut it up for several devices that share one
+    jitted step, so there "auto" wants a pmap's ``axis_name``.
+
+    Raises:
+        UsageError: the form is "native", and the kernel cannot be had, or has no such convolution.
+    """
+    if form not in ("auto", "native"):
+        return False
+    if (kernel, stride, dtype) != (3, 1, jnp.float32):
+        reason = f"it has 3×3 kernels, stride 1 and float32 only; got {kernel}×{kernel}, stride {stride} and {dtype}"
+    elif form == "auto" and jax.device_count() > 1 and axis_name is None:
+        return False
+    else:
+        reason = native.unavailable()
+    if form == "native" and reason:
+        raise UsageError(f"form is 'native', and that is not available: {reason}; choose another form, or 'auto'")
+    return reason is None
+
+
 class FormedConvolution(nn.Module):
     """``nn.Conv`` without bias, as many zeros on both ends, in one of several forms.
 
-    [B, time, mel, C] → [B, ⌈time/stride⌉, ⌈mel/stride⌉, channels], of the input's dtype. ``form`` is as in ``CHOICES``; other
-    kernels than 3×3 with stride 1 are always direct.
+    [B, time, mel, C] → [B, ⌈time/stride⌉, ⌈mel/stride⌉, channels], of the input's dtype. ``form`` is as in ``CHOICES``;
+    "native" trains a whole trunk, and a single convolution of it is direct, as all are that are not 3×3 with stride 1.
     """
 
     channels: int

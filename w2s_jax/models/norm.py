@@ -67,11 +67,16 @@ def _global(means, axis_name: str | None):
     return means if axis_name is None else lax.pmean(means, axis_name)
 
 
+def follow(running: Array, moment: Array) -> Array:
+    """A running statistic after one more batch, [C]; the momentum is PyTorch's default (its 0.1 is 0.9 here)."""
+    return 0.9 * running + 0.1 * moment
+
+
 class BatchNorm(nn.Module):
     """BatchNorm of an image [B, time, mel, C], with the parameters and statistics of ``nn.BatchNorm``; then ReLU, if asked.
 
-    Momentum and epsilon are PyTorch's defaults (its 0.1 is 0.9 here), which the published students used. Moments and running
-    statistics are float32, the image may be bfloat16. Under a pmap with ``axis_name`` the moments are those of the whole global
+    Momentum and epsilon are PyTorch's defaults, which the published students used. Moments and running statistics are float32,
+    the image may be bfloat16. Under a pmap with ``axis_name`` the moments are those of the whole global
     batch.
     """
 
@@ -92,6 +97,6 @@ class BatchNorm(nn.Module):
         axis_name = None if self.is_initializing() else self.axis_name
         y, mean, var = batch_norm(x, scale, bias, self.relu, axis_name)
         if not self.is_initializing():
-            running_mean.value = 0.9 * running_mean.value + 0.1 * mean
-            running_var.value = 0.9 * running_var.value + 0.1 * var
+            running_mean.value = follow(running_mean.value, mean)
+            running_var.value = follow(running_var.value, var)
         return y

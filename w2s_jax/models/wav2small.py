@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from w2s_jax.artifacts import UsageError
-from w2s_jax.models.forms import Dense, FormedConvolution, check_running
+from w2s_jax.models import native
+from w2s_jax.models.forms import Dense, FormedConvolution, check_running, trains_natively
 from w2s_jax.models.frontend import LogMel, normalise
-from w2s_jax.models.norm import BatchNorm
+from w2s_jax.models.norm import EPSILON, BatchNorm, follow
 from w2s_jax.models.pooling import POOLINGS, AttentionPooling, mean_pooling, statistics_pooling
 
 
@@ -73,7 +74,8 @@ class VGG(nn.Module):
         kernel: odd size of the blocks' convolutions.
         stride: of the first convolution, over time and mel alike.
         axis_name: of a pmap, for BatchNorm.
-        form: of the 3×3 convolutions, one of ``forms.CHOICES``; another form is another way to the same results.
+        form: of the 3×3 convolutions, one of ``forms.CHOICES``; another form is another way to the same results. On CPUs "auto"
+            trains with the compiled kernel of ``native`` where that is available.
     """
 
     channels: int = 13
@@ -90,12 +92,28 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
+        way = self.form, self.kernel, self.stride, x.dtype, self.axis_name
+        if train and not self.is_initializing() and trains_natively(*way):
+            return self._train_natively(x)
         for layer in range(1, self.before + self.after + 1):
             stride = self.stride if layer == 1 else 1
             x = ConvBlock(self.channels, self.kernel, stride, self.axis_name, self.form, name=f"l{layer}")(x, train)
             if layer == self.before:
                 # PyTorch's MaxPool2d(3, 2, 1); what comes out of a ReLU is never below the zeros that pad it
                 x = _halve(_halve(x, 2), 1)
+        return x
+
+    def _train_natively(self, x: Array) -> Array:
+        """The whole trunk by the compiled kernel, with the parameters and running statistics of the blocks."""
+        names = [f"l{layer}" for layer in range(1, self.before + self.after + 1)]
+        blocks = [self.variables["params"][name] for name in names]
+        kernels = [block["conv"]["kernel"] for block in blocks]
+        gammas, betas = ([block["norm"][key] for block in blocks] for key in ("scale", "bias"))
+        x, means, variances = native.trunk(x, kernels, gammas, betas, self.before, self.axis_name, EPSILON)
+        for name, mean, variance in zip(names, means, variances, strict=True):
+            running = self.variables["batch_stats"][name]["norm"]
+            updated = {"mean": follow(running["mean"], mean), "var": follow(running["var"], variance)}
+            self.put_variable("batch_stats", name, {"norm": updated})
         return x
 
 
