@@ -91,11 +91,12 @@ class Dense(nn.Module):
     """``nn.Dense``, or with ``axes=2`` the 1×1 ``nn.Conv``, whose bias is added in float32: [..., C] → float32 [..., features].
 
     The product has the input's dtype. A bias added in bfloat16 would have a gradient summed in bfloat16, over all places of all
-    images: after 256 equal terms such a sum stands still.
+    images: after 256 equal terms such a sum stands still. With ``adds=False`` the bias is kept as a parameter and not added.
     """
 
     features: int
     axes: int = 0
+    adds: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -103,7 +104,8 @@ class Dense(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (1,) * self.axes + (inputs, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         y = x.reshape(-1, inputs) @ kernel.reshape(inputs, self.features).astype(x.dtype)
-        return y.reshape(*x.shape[:-1], self.features).astype(jnp.float32) + bias
+        y = y.reshape(*x.shape[:-1], self.features).astype(jnp.float32)
+        return y + bias if self.adds else y
 
 
 def direct(x: Array, kernel: Array, stride: int = 1) -> Array:

@@ -24,7 +24,8 @@ class AttentionPooling(nn.Module):
     def __call__(self, x: Array) -> Array:
         features = x.shape[-1]
         value = Dense(features, name="lin")(x)
-        weight = nn.softmax(Dense(features, name="sof")(x), axis=1)
+        # a softmax over time does not see this bias; the gradient would be rounding errors, which Adam makes whole steps of
+        weight = nn.softmax(Dense(features, adds=False, name="sof")(x), axis=1)
         return (value * weight).sum(axis=1)
 
 
