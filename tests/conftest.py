@@ -61,6 +61,24 @@ def views(bank):
 
 
 @pytest.fixture(scope="session")
+def labels_path(bank, views, tmp_path_factory) -> Path:
+    """The acoustic teacher's labels of ``views``."""
+    from w2s_jax import teachers
+    from w2s_jax.label import label
+
+    out = tmp_path_factory.mktemp("labels") / "labels"
+    label(bank, views, teachers.load("acoustic"), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def labels(views, labels_path):
+    from w2s_jax import labels
+
+    return labels.read(labels_path, views)
+
+
+@pytest.fixture(scope="session")
 def toy_teacher(tmp_path_factory) -> Path:
     """An ONNX model [batch, time] → [batch, 2]: mean absolute value, and mean square, of the waveform."""
     return save_toy_teacher(tmp_path_factory.mktemp("teacher") / "toy.onnx")

@@ -36,13 +36,6 @@ TINY = ["fields.channels=2", "steps=12", "batch_size=6", "eval_every=4", "log_ev
 
 
 @pytest.fixture(scope="session")
-def labels(bank, views, tmp_path_factory):
-    out = tmp_path_factory.mktemp("labels") / "labels"
-    label(bank, views, teachers.load("acoustic"), out)
-    return store.read(out, views)
-
-
-@pytest.fixture(scope="session")
 def run(bank, views, labels, tmp_path_factory):
     """An unbroken run and its summary."""
     workdir = tmp_path_factory.mktemp("run")
@@ -81,22 +74,6 @@ def test_loss_and_gradient_are_finite_without_spread(p, t, same):
 def test_loss_shapes_are_checked():
     with pytest.raises(ValueError, match=r"\(4, 1\)"):
         ccc(jnp.zeros((4, 1)), jnp.zeros((4, 3)))
-
-
-def test_batches_depend_on_seed_and_step_only():
-    samples = np.array([100] * 37 + [200] * 11)
-    one, two = (feed.Batches(samples, 8, 200, seed=1) for _ in range(2))
-    for step in (150, 3, 77):  # in any order
-        assert one(step)[0] == two(step)[0]
-        np.testing.assert_array_equal(one(step)[1], two(step)[1])
-    seen = {100: [], 200: []}
-    for step in range(200):
-        length, rows = one(step)
-        assert (samples[rows] == length).all()
-        seen[length] += list(rows.ravel())
-    for length, members in ((100, 37), (200, 11)):  # epochs: nothing a second time before all were there once
-        for epoch in range(len(seen[length]) // members):
-            assert len(set(seen[length][epoch * members : (epoch + 1) * members])) == members
 
 
 def test_pmap_over_devices_is_jit_of_the_whole_batch():

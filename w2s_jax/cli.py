@@ -94,6 +94,11 @@ class Parallel(StrEnum):
     pmap = "pmap"
 
 
+class Partners(StrEnum):
+    bank = "bank"
+    shard = "shard"
+
+
 class Placement(StrEnum):
     auto = "auto"
     device = "device"
@@ -280,6 +285,10 @@ def views_draw(
     gain_db: Annotated[str, typer.Option(help="Range of the gain of training views.")] = "-6,6",
     snr_db: Annotated[str, typer.Option(help="Range of the first clip's level over the second's in a mixture.")] = "0,20",
     min_seconds: Annotated[float, typer.Option(min=0, help="Shorter clips have no views.")] = 0.5,
+    partners: Annotated[
+        Partners,
+        typer.Option(help="Where the second clip of a mixture is from; shard: nearby, for large banks on many devices."),
+    ] = Partners.bank,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -294,6 +303,7 @@ def views_draw(
         gain_db=_numbers(gain_db, "--gain-db", 2),
         snr_db=_numbers(snr_db, "--snr-db", 2),
         min_seconds=min_seconds,
+        partners=partners.value,
         seed=seed,
     )
     drawn.save(into)

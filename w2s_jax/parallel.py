@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -159,11 +160,16 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-    """Within it, an error of XLA's in a run of several processes is told as what it mostly is: another process has gone."""
+    """Within it, what XLA says when another process has gone is told as an error that says so.
+
+    Raises:
+        W2SError: names this process, and what to do.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        gone = re.search("gloo|nccl|connection|unavailable|heartbeat|deadline|coordination|peer", str(error), re.IGNORECASE)
+        if jax.process_count() == 1 or not gone:
             raise
         first = str(error).splitlines()[0][:200]
         raise W2SError(

@@ -363,7 +363,7 @@ class _Run:
             done = int(state.step)
             dispatch = self.dispatcher(groups)
             state = self.parallel.everywhere(state)
-            peak = observe.peak_flops(self.layout.devices[0], config.dtype)
+            peak = observe.peak_flops(jax.local_devices()[0], config.dtype)
             # the devices of a CPU share its cores
             units = jax.process_count() if jax.default_backend() == "cpu" else len(self.layout.devices)
             self.limit = peak and peak * units

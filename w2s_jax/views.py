@@ -33,6 +33,10 @@ COLUMNS = {
 }
 
 
+#: Where a mixture's partner may come from.
+PARTNERS = ("bank", "shard")
+
+
 class Views:
     """A table of views.
 
@@ -112,6 +116,7 @@ def draw(
     gain_db: tuple[float, float] = (-6.0, 6.0),
     snr_db: tuple[float, float] = (0.0, 20.0),
     min_seconds: float = 0.5,
+    partners: str = "bank",
     seed: int = 0,
 ) -> Views:
     """Draw views of every clip.
@@ -128,6 +133,8 @@ def draw(
         mix: share of the training views that are mixtures, 0..1.
         gain_db, snr_db: ranges, uniform in dB; the gain is applied to the finished mixture.
         min_seconds: clips that are shorter have no views.
+        partners: "bank": a mixture's partner is any training clip; "shard": one of the 256 neighbours in the same file of the
+            bank, so that devices that share a large bank need few clips of each other's.
         seed: of the random numbers.
 
     Raises:
@@ -141,6 +148,8 @@ def draw(
         raise UsageError(f"expected per_clip ≥ 1, eval_per_clip ≥ 1, 0 ≤ mix ≤ 1; got {per_clip}, {eval_per_clip}, {mix}")
     if gain_db[0] > gain_db[1] or snr_db[0] > snr_db[1]:
         raise UsageError(f"a range goes from low to high; got gain {gain_db}, SNR {snr_db}")
+    if partners not in PARTNERS:
+        raise UsageError(f"partners is {partners!r}; expected {' or '.join(PARTNERS)}")
     rng = np.random.default_rng(seed)
     available = bank.clips["samples"]
     usable = available >= min_seconds * SAMPLING_RATE
@@ -161,7 +170,11 @@ def draw(
         if training:
             offset = rng.integers(0, room)
             mixed = rng.random(len(clips)) < mix
-            partner = partners_from[rng.integers(0, len(partners_from), len(clips))]
+            first, last = 0, len(partners_from)
+            if partners == "shard":
+                shard, own = bank.clips["shard"][partners_from], bank.clips["shard"][clips]
+                first, last = np.searchsorted(shard, own), np.searchsorted(shard, own, side="right")
+            partner = partners_from[rng.integers(first, last, len(clips))]
             mixed &= partner != clips
             partner_offset = rng.integers(0, available[partner])
             gain = rng.uniform(*gain_db, len(clips))
@@ -200,5 +213,6 @@ def draw(
         "min_seconds": float(min_seconds),
         "seed": seed,
         "clips_too_short": int((~usable).sum()),
+        **({"partners": partners} if partners != "bank" else {}),  # views drawn before there was a choice stay what they are
     }
     return Views(columns, about)
