@@ -40,6 +40,8 @@ def test_tables_by_hand():
     assert "| 1 H100 | 64 |" in report
     assert "| 1,125,000 |" in report
     assert "| 256 v5e | 45 GB | 16 GB | host |" in report
+    written = (EXPERIMENTS / "scaling.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in report.splitlines() if line.startswith("|") and line not in written] == []
 
 
 @pytest.mark.parametrize("variant", load("recipes").VARIANTS)
