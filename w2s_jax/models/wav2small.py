@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from w2s_jax.artifacts import UsageError
 from w2s_jax.models import native
 from w2s_jax.models.forms import Dense, FormedConvolution, check_running, trains_natively
 from w2s_jax.models.frontend import LogMel, normalise
 from w2s_jax.models.norm import EPSILON, BatchNorm, follow
-from w2s_jax.models.pooling import POOLINGS, AttentionPooling, mean_pooling, statistics_pooling
+from w2s_jax.models.pooling import POOLINGS, AttentionPooling, max_pool, mean_pooling, statistics_pooling
 
 
 def _check(module: nn.Module) -> None:
     """Refuse fields of the trunk that make no network."""
     for name, least in (("channels", 1), ("before", 1), ("after", 0), ("kernel", 1), ("stride", 1)):
         value = getattr(module, name)
-        # at least one block before the pool: _halve relies on what a ReLU has left
         if not isinstance(value, int) or value < least:
             raise UsageError(f"{name} is {value!r}; expected a whole number of at least {least}")
     if module.kernel % 2 == 0:
@@ -44,22 +43,6 @@ class ConvBlock(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         x = FormedConvolution(self.channels, self.kernel, self.stride, self.form, name="conv")(x)
         return BatchNorm(True, self.axis_name, name="norm")(x, train)
-
-
-def _halve(x: Array, axis: int) -> Array:
-    """Maximum of three neighbours with stride 2 and one zero of padding, along one axis; x ≥ 0.
-
-    As maxima of even and odd elements, because the gradient of XLA's windowed maximum costs twice as much on a CPU.
-    """
-    size = x.shape[axis]
-    half = (size + 1) // 2
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, 2 * half - size)
-    pairs = jnp.pad(x, pad).reshape(*x.shape[:axis], half, 2, *x.shape[axis + 1 :])
-    even, odd = (lax.index_in_dim(pairs, at, axis + 1, keepdims=False) for at in (0, 1))
-    pad[axis] = (1, 0)
-    before = lax.slice_in_dim(jnp.pad(odd, pad), 0, half, axis=axis)
-    return jnp.maximum(jnp.maximum(even, odd), before)
 
 
 class VGG(nn.Module):
@@ -99,8 +82,7 @@ class VGG(nn.Module):
             stride = self.stride if layer == 1 else 1
             x = ConvBlock(self.channels, self.kernel, stride, self.axis_name, self.form, name=f"l{layer}")(x, train)
             if layer == self.before:
-                # PyTorch's MaxPool2d(3, 2, 1); what comes out of a ReLU is never below the zeros that pad it
-                x = _halve(_halve(x, 2), 1)
+                x = max_pool(x)
         return x
 
     def _train_natively(self, x: Array) -> Array:
