@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
 from w2s_jax.models.forms import check_running
 from w2s_jax.models.frontend import LogMel, normalise
+from w2s_jax.models.norm import BatchNorm
 
 
 class CNN14(nn.Module):
@@ -40,14 +39,14 @@ class CNN14(nn.Module):
 
     @nn.compact
     def __call__(self, wave: Array, train: bool = False) -> Array:
-        norm = partial(nn.BatchNorm, not train, axis_name=self.axis_name, momentum=0.9, use_fast_variance=False)
         image = LogMel(self.n_fft, self.hop, self.n_mels, name="logmel")(normalise(wave))
-        x = norm(name="norm")(image)[..., None].astype(self.dtype)  # per mel band
+        x = BatchNorm(axis_name=self.axis_name, name="norm")(image[:, :, None], train)  # per mel band
+        x = x.swapaxes(2, 3).astype(self.dtype)
         for block in range(6):
             for layer in (1, 2):
                 channels, name = self.channels << block, f"{block + 1}_{layer}"
-                convolution = nn.Conv(channels, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name=f"conv{name}")
-                x = nn.relu(norm(dtype=self.dtype, name=f"norm{name}")(convolution(x)))
+                x = nn.Conv(channels, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name=f"conv{name}")(x)
+                x = BatchNorm(True, self.axis_name, name=f"norm{name}")(x, train)
             if block < 5:
                 x = nn.avg_pool(x, (2, 2), (2, 2))
         x = x.mean(axis=2, dtype=jnp.float32)
