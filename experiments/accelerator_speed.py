@@ -40,6 +40,7 @@ import optax
 
 from w2s_jax import SAMPLING_RATE, models
 from w2s_jax.artifacts import UsageError, W2SError, write_json
+from w2s_jax.feed import DeviceFeed
 from w2s_jax.models.forms import CHOICES, DTYPES
 from w2s_jax.render import ROW, Recipe
 from w2s_jax.train import initial_state, train_step, train_steps
@@ -119,8 +120,12 @@ def ours(name: str, fields: dict, batch: int, samples: int, steps: int, bank, ta
     if steps:
         targets = jnp.asarray(rng.standard_normal((VIEWS, 3)), jnp.float32)
         chosen = jnp.asarray(rng.integers(0, VIEWS, (steps, batch)), jnp.int32)
-        dispatch = jax.jit(partial(train_steps, step=step, samples=samples), donate_argnums=0)
-        arguments = (bank, table, targets, chosen)
+
+        @partial(jax.jit, donate_argnums=0)
+        def dispatch(state, data, chosen):
+            return train_steps(state, chosen, partial(DeviceFeed.hear, data, samples=samples), step)
+
+        arguments = ((bank, table, targets), chosen)
     else:
         waves = jnp.asarray(rng.standard_normal((batch, samples)), jnp.float32)
         dispatch = jax.jit(step, donate_argnums=0)

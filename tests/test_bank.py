@@ -161,7 +161,7 @@ def test_render_is_its_definition_on_device_and_host(bank, views):
     expected = np.stack([by_hand(bank, views, row) for row in rows])
     host = render.render_on_host(bank, views, rows)
     device = jax.jit(render.render, static_argnames="samples")(
-        jnp.asarray(render.rows(bank)), render.recipes(bank, views, rows), samples=6400
+        jnp.asarray(render.rows(bank)[0]), render.recipes(bank, views, rows), samples=6400
     )
     np.testing.assert_allclose(host, expected, atol=2e-6)
     np.testing.assert_allclose(device, expected, atol=2e-6)

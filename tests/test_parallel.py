@@ -18,9 +18,9 @@ from safetensors.numpy import load_file
 pytestmark = pytest.mark.slow
 
 #: Steps as those of a run in earnest: the published student, warm-up, decay, mixtures, two lengths, crops. The learning rate is
-#: small: rounding flips a ReLU or a maximum here and there, which in so small a batch moves the gradient by a thousandth, and Adam
-#: makes whole steps of small gradients; at 3e-4 losses are 5e-5 apart after 17 steps. One form, because a trunk that is compiled
-#: natively rounds otherwise.
+#: small: rounding flips a ReLU or a maximum here and there, which in so small a batch moves the gradient by a thousandth, and
+#: Adam makes whole steps of small gradients; at 3e-4 losses are 5e-5 apart after 17 steps. One form, because a trunk that is
+#: compiled natively rounds otherwise.
 SETTINGS = "steps=20 batch_size=16 data_shards=8 learning_rate=3e-5 crop=0.7 eval_every=10 log_every=1 form=direct"
 
 

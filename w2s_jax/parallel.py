@@ -142,6 +142,12 @@ def gathered(values: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(everyone)[kept]
 
 
+def meet(where: str) -> None:
+    """Wait until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Make this process one of several for JAX: found out by JAX on TPU slices and under Slurm, else as given.
 

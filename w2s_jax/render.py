@@ -8,14 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from w2s_jax.bank import Bank
 from w2s_jax.views import Views
 
 #: Samples in a row of the device's copy of a bank. A sample is addressed by (row, column), both int32, because JAX has no
 #: int64 by default and a bank may pass 2³¹ samples.
-ROW = 1 << 16
+ROW = 1 << 16  # see locate
 
 
 class Recipe(NamedTuple):
@@ -90,7 +90,7 @@ def rows(bank: Bank, clips: np.ndarray | None = None, height: int = 0) -> tuple[
 def locate(row: Array, column: Array, step: Array) -> tuple[Array, Array]:
     """The (row, column) of the sample that lies ``step`` samples after (row, column); all int32."""
     column = column + step
-    return row + column // ROW, column % ROW
+    return row + (column >> 16), column & (ROW - 1)  # a division of a whole batch's indices would cost more than reading it
 
 
 def gather(bank: Array, row: Array, column: Array, length: Array, offset: Array, samples: int) -> Array:
@@ -98,7 +98,12 @@ def gather(bank: Array, row: Array, column: Array, length: Array, offset: Array,
 
     A piece that runs past its clip's end goes on at its beginning, as in ``Bank.gather``.
     """
-    step = (offset[:, None] + jnp.arange(samples, dtype=jnp.int32)) % length[:, None]
+    length, step = length[:, None], offset[:, None] + jnp.arange(samples, dtype=jnp.int32)
+    step = lax.cond(
+        jnp.any(step[:, -1:] >= 2 * length),
+        lambda: step % length,
+        lambda: jnp.where(step < length, step, step - length),  # at most once around, as nearly always
+    )
     return bank[locate(row[:, None], column[:, None], step)]
 
 

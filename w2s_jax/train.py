@@ -35,7 +35,7 @@ from w2s_jax.evaluate import predict_views
 from w2s_jax.feed import Batches, DeviceFeed, HostFeed, divide, plan, stack
 from w2s_jax.labels import Labels
 from w2s_jax.losses import distillation_loss
-from w2s_jax.parallel import PARALLEL, gathered, lay_out, together
+from w2s_jax.parallel import PARALLEL, gathered, lay_out, meet, together
 from w2s_jax.views import Views
 
 #: Steps in one dispatch. On CPUs XLA runs a convolution inside a loop many times slower, so there each step is a dispatch of
@@ -384,6 +384,7 @@ class _Run:
                         self.began += time.perf_counter() - paused
                     if self.stopped:
                         checkpoints.wait_until_finished()
+                        meet("stopped")  # or a launcher that ends the rest when one ends would cut the checkpoint off
                         raise Interrupted(self.stopped, done, self.workdir)
             seconds = time.perf_counter() - self.began if self.began else 0.0
         if self.first:
