@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -29,10 +30,10 @@ needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"native: {REASON}"
 SIZES = [
     (2, 70, 6, 1, 5, 3, 2),
     (5, 1, 1, 1, 1, 1, 1),
-    (1, 2, 2, 1, 3, 2, 1),
+    (3, 2, 2, 1, 3, 2, 1),
     (2, 33, 7, 2, 13, 4, 2),
     (3, 1100, 5, 1, 13, 3, 3),
-    (1, 63, 3, 3, 32, 2, 1),
+    (1, 63, 4, 3, 32, 2, 1),
     (2, 1024, 4, 1, 14, 2, 1),
     (2, 21, 26, 1, 17, 7, 3),
 ]
@@ -174,6 +175,22 @@ def run(program: str, *prefix: str, **variables: str) -> list[str]:
 def test_bits_do_not_depend_on_threads():
     one, more = (run(PROGRAM, XLA_FLAGS="", NPROC=threads) for threads in ("1", "3"))
     assert len(set(one + more)) == 1
+
+
+@needs_kernel
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are of x86-64")
+@pytest.mark.parametrize("machine", ["x86-64-v3", "x86-64"], ids=["eight lanes", "four lanes"])
+def test_shorter_vectors(tmp_path, machine):
+    compiler = tmp_path / "c++"
+    command = " ".join(native.compiler())
+    compiler.write_text(f'#!/bin/bash\nexec {command} "${{@/-march=native/-march={machine}}}"\n')
+    compiler.chmod(0o700)
+    run(
+        "import pytest, test_native as t\nassert not t.REASON\nfor size in t.SIZES:\n    t.test_trunk_is_xlas(size)",
+        CXX=str(compiler),
+        XDG_CACHE_HOME=str(tmp_path),
+    )
 
 
 def broken_compiler(path, says: str, version_too: bool) -> str:
