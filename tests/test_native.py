@@ -25,7 +25,7 @@ from w2s_jax.train import initial_state, train_step
 REASON = native.unavailable()
 needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"native: {REASON}")
 
-#: batch, time, mel, channels in and out, blocks, blocks before the pool: each odd, even, one, more than one tile of time (512
+#: batch, time, mel, channels in and out, blocks, blocks before the pool: each odd, even, one, more than one tile of time (768
 #: columns), a row of exactly 4 KB, more channels than one tile of registers, nothing behind the pool, everything before it.
 SIZES = [
     (2, 70, 6, 1, 5, 3, 2),

@@ -47,8 +47,8 @@ typedef float Loose __attribute__((vector_size(4 * kLanes), aligned(4), may_alia
 constexpr int kOutputs = kRegisters == 32 ? 14 : 6;
 constexpr int kGradients = kRegisters == 32 ? 8 : 4;
 
-// A tile of time: 13 channels of a row are then 26 KB and stay in the first-level cache while their gradient is taken.
-constexpr int64_t kStrip = 512;
+// A tile of time: seven channels of a row are then 21 KB and stay in the first-level cache while their gradient is taken.
+constexpr int64_t kStrip = 768;
 constexpr int64_t kStep = 32;  // widths are multiples of two of the longest vectors
 constexpr int64_t kLead = 16;  // room for the column before a strip; keeps the strip itself aligned
 
