@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from golden.mobilenet import weights
 from hypothesis import given, settings
@@ -103,6 +104,45 @@ def test_a_scan_is_its_steps():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_accumulation_minimises_the_loss_of_the_whole_set():
+    student = models.build("wav2small", channels=2)
+    rng = np.random.default_rng(0)
+    waves, targets = rng.standard_normal((12, 900)).astype(np.float32), rng.standard_normal((12, 3)).astype(np.float32)
+    variables = jax.jit(student.init)(jax.random.key(0), waves)
+    state = training.initial_state(variables, optax.sgd(0.1))
+    given = {"student": student, "frontend": variables["frontend"], "optimizer": optax.sgd(0.1), "l2": 0.1}
+    step = jax.jit(lambda state: training.train_step(state, (waves, targets), accumulate=3, **given))
+
+    def by_hand(params):
+        """Each part has moments of its own; then one CCC, not a mean of three."""
+        order = np.concatenate([np.arange(12)[part::3] for part in range(3)])
+        heard = [
+            student.apply({**variables, "params": params}, waves[part::3], train=True, mutable="batch_stats")
+            for part in range(3)
+        ]
+        prediction = jnp.concatenate([prediction for prediction, _ in heard])
+        moments = jax.tree.map(lambda *parts: sum(parts) / 3, *[changed["batch_stats"] for _, changed in heard])
+        return distillation_loss(prediction, targets[order], l2=0.1)[0], moments
+
+    (loss, moments), gradients = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(variables["params"])
+    after, measured = step(state)
+    np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradients)
+    for a, b in zip(jax.tree.leaves((after.params, after.batch_stats)), jax.tree.leaves((expected, moments)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_in_bfloat16_and_parts_leaves_a_float32_student(bank, views, labels, tmp_path):
+    chosen = ["dtype=bfloat16", "accumulate=2", "batch_size=8", "steps=4", "eval_every=4"]
+    training.train(config.load("wav2small", [*TINY, *chosen]), bank, views, labels, tmp_path, profile=True)
+    _, variables, about = checkpoint.load_student(tmp_path)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    assert "dtype" not in about["fields"]
+    assert list(tmp_path.glob("profile/plugins/profile/*/*.trace.json.gz"))
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_run_leaves_what_is_promised(run, labels):
     workdir, summary = run
     lines, *_ = trained(workdir)
@@ -111,6 +151,10 @@ def test_a_run_leaves_what_is_promised(run, labels):
     best = max((line for line in lines if line["kind"] == "validation"), key=lambda line: line["ccc/mean"])
     assert summary["best_step"] == best["step"]
     assert list((workdir / "tensorboard").glob("events*"))
+    assert (workdir / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert {"update_norm", "parameter_norm", "waiting_share", "arithmetic_share", "memory_peak_gib"} <= set(
+        json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-2])
+    )
     student, variables, about = checkpoint.load_student(workdir)
     assert about["teacher"]["stand_in"] is True
     assert student.apply(variables, np.zeros((1, 640), np.float32)).shape == (1, len(labels.dimensions))

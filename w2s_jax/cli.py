@@ -482,8 +482,10 @@ def train(
             workdir,
             profile=profile,
             progress=report,
-            say=lambda line: err.print(line),
+            say=lambda line: err.print(line, soft_wrap=True),
         )
+    if not heavy("parallel", "train").first():
+        return
     scores = summary["validation_ccc"]
     found = ", ".join(f"{name} {score:.3f}" for name, score in scores.items()) if scores else "no validation views"
     out.print(f"{summary['student']}: step {summary['best_step']} of {summary['steps']}, validation CCC {found}")

@@ -142,6 +142,11 @@ def gathered(values: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(everyone)[kept]
 
 
+def first() -> bool:
+    """Whether this is the process that writes and tells."""
+    return jax.process_index() == 0
+
+
 def meet(where: str) -> None:
     """Wait until every process is here."""
     if jax.process_count() > 1:

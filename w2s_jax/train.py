@@ -35,7 +35,7 @@ from w2s_jax.evaluate import predict_views
 from w2s_jax.feed import Batches, DeviceFeed, HostFeed, divide, plan, stack
 from w2s_jax.labels import Labels
 from w2s_jax.losses import distillation_loss
-from w2s_jax.parallel import PARALLEL, gathered, lay_out, meet, together
+from w2s_jax.parallel import PARALLEL, first, gathered, lay_out, meet, together
 from w2s_jax.views import Views
 
 #: Steps in one dispatch. On CPUs XLA runs a convolution inside a loop many times slower, so there each step is a dispatch of
@@ -250,7 +250,7 @@ def train(
     if config.parallel not in PARALLEL:
         raise UsageError(f"parallel is {config.parallel!r}; expected {' or '.join(PARALLEL)}")
     with contextlib.ExitStack() as contexts:
-        if jax.process_index() == 0:
+        if first():
             contexts.enter_context(locked(workdir))
         stop = contexts.enter_context(_signals())
         contexts.enter_context(together(str(workdir)))
@@ -263,7 +263,7 @@ class _Run:
     def __init__(self, config, bank, views, labels, workdir, training, stop, profile, progress, say) -> None:
         self.config, self.bank, self.views, self.labels = config, bank, views, labels
         self.workdir, self.training, self.stop, self.profile = workdir, training, stop, profile
-        self.first = jax.process_index() == 0
+        self.first = first()
         self.progress, self.say = (progress, say) if self.first else (None, None)
         # CCC does not change when prediction and label are shifted and scaled alike, so the student learns standardised
         # labels, whatever their unit; its output layer takes the unit back when it is saved

@@ -100,7 +100,10 @@ def read(path: str | os.PathLike) -> Views:
     if about.get("format") != "w2s-views" or set(COLUMNS) - set(table.column_names):
         raise UsageError(f"{path} is a parquet file, but not a table of views; make one with w2s views draw")
     stored = about.pop("fingerprint")
-    views = Views({name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()}, about)
+    columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items() if name != "split"}
+    splits = table["split"].combine_chunks().dictionary_encode()  # or every row would have a text of its own
+    columns["split"] = splits.dictionary.to_numpy(zero_copy_only=False)[splits.indices.to_numpy()]
+    views = Views(columns, about)
     if views.fingerprint != stored:
         raise W2SError(f"{path} was changed after it was written (fingerprint {views.fingerprint}, expected {stored})")
     return views
