@@ -566,7 +566,7 @@ ffi::Error PoolBackward(ffi::ThreadPool pool, Array x, Array centre, Array facto
   return ffi::Error::Success();
 }
 
-constexpr int64_t kBlock = 64;  // columns that are turned at once
+constexpr int64_t kBlock = 32;  // columns that are turned at once
 
 // Normalise, ReLU, and turn around: [batch, mel, channels, stride] to [batch, time, mel, channels].
 ffi::Error Finish(ffi::ThreadPool pool, Array x, Array centre, Array factor, Array beta, Result out, int64_t time) {
