@@ -30,7 +30,7 @@ needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"native: {REASON}"
 SIZES = [
     (2, 70, 6, 1, 5, 3, 2),
     (5, 1, 1, 1, 1, 1, 1),
-    (3, 2, 2, 1, 3, 2, 1),
+    (12, 2, 2, 1, 3, 2, 1),
     (2, 33, 7, 2, 13, 4, 2),
     (3, 1100, 5, 1, 13, 3, 3),
     (1, 63, 4, 3, 32, 2, 1),
@@ -91,7 +91,7 @@ def test_trunk_is_xlas(size):
     values, gradients = value_and_gradients(native.trunk, size[-1], inputs, weights)
     expected, slopes = value_and_gradients(plain_trunk, size[-1], inputs, weights)
     check_close(values, expected, 1e-5)
-    check_close(gradients, slopes, 2e-5)
+    check_close(gradients, slopes, 5e-5)
 
 
 @needs_kernel
