@@ -360,7 +360,7 @@ class _Run:
                 saved = checkpoints.restore(checkpoints.latest_step(), args=args)
                 state, best = saved["state"], saved["best"]
                 self.frontend = saved.get("frontend", self.frontend)
-            done = int(state.step)
+            done = self.begun = int(state.step)
             dispatch = self.dispatcher(groups)
             state = self.parallel.everywhere(state)
             peak = observe.peak_flops(jax.local_devices()[0], config.dtype)
