@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from w2s_jax import SAMPLING_RATE, models, observe
+from w2s_jax.models.forms import Dense, FormedConvolution
 
 HOURS, VIEW_SECONDS = 100_000, 5
 SAMPLES = VIEW_SECONDS * SAMPLING_RATE
@@ -75,7 +76,8 @@ def activations(student: nn.Module, samples: int = SAMPLES) -> int:
     def count(call, args, kwargs, context):
         nonlocal total
         out = call(*args, **kwargs)
-        if isinstance(context.module, nn.Conv) and context.method_name == "__call__":
+        # "mix", the 1×1 convolution, is a Dense of images
+        if isinstance(context.module, FormedConvolution) or (isinstance(context.module, Dense) and out.ndim == 4):
             total += math.prod(out.shape)
         return out
 
@@ -121,7 +123,7 @@ def duration(seconds: float) -> str:
 
 def report(size: int, per_chip: int, share: float) -> str:
     """The tables as Markdown; ``size`` is that of an activation in bytes."""
-    student = models.build("wav2small", form="direct")  # XLA's own convolutions, which can be counted
+    student = models.build("wav2small")
     shapes = jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLES)))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
     norms = len(jax.tree.leaves(shapes["batch_stats"])) // 2  # a mean and a variance each

@@ -22,7 +22,7 @@ def load(name: str):
 def test_activations_by_hand():
     # 5 s: (80,000 − 64) / 32 + 1 = 2,499 frames of 26 mels, 13 channels: three blocks, halved (rounded up) 1,250 × 13, four
     # blocks and the 1×1 convolution
-    assert load("scaling").activations(models.build("wav2small", form="direct")) == 13 * (3 * 2499 * 26 + 5 * 1250 * 13)
+    assert load("scaling").activations(models.build("wav2small")) == 13 * (3 * 2499 * 26 + 5 * 1250 * 13)
 
 
 def test_collectives_by_hand():
