@@ -8,7 +8,7 @@ quickstart: $(VENV)/.ready
 	$(VENV)/bin/w2s quickstart --workdir quickstart
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

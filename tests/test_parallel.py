@@ -88,7 +88,7 @@ def unbroken(data, tmp_path_factory):
 def test_one_device_is_eight_is_two_processes(unbroken, way):
     one, many = steps(unbroken / "one"), steps(unbroken / way)
     assert len(one) == len(many) == 20
-    for figure, tolerance in (("loss", 1e-5), ("gradient_norm", 1e-3), ("parameter_norm", 1e-5)):
+    for figure, tolerance in (("loss", 1e-5), ("gradient_norm", 5e-3), ("parameter_norm", 1e-5)):
         expected, found = (np.array([line[figure] for line in lines]) for lines in (one, many))
         print(way, figure, np.abs(found / expected - 1).max())
         # metrics.jsonl has six decimals

@@ -98,13 +98,18 @@ def gather(bank: Array, row: Array, column: Array, length: Array, offset: Array,
 
     A piece that runs past its clip's end goes on at its beginning, as in ``Bank.gather``.
     """
-    length, step = length[:, None], offset[:, None] + jnp.arange(samples, dtype=jnp.int32)
-    step = lax.cond(
-        jnp.any(step[:, -1:] >= 2 * length),
-        lambda: step % length,
-        lambda: jnp.where(step < length, step, step - length),  # at most once around, as nearly always
-    )
-    return bank[locate(row[:, None], column[:, None], step)]
+    row, column, length, offset = (x[:, None] for x in (row, column, length, offset))
+    step = offset + jnp.arange(samples, dtype=jnp.int32)
+
+    def read(step: Array) -> Array:
+        return bank[locate(row, column, step)]
+
+    if jax.default_backend() != "cpu":
+        return read(step % length)
+    # a CPU takes as long for so many divisions as for reading; a piece goes at most once around, but for the shortest clips. And
+    # what a branch has read is kept, or XLA would read it again for the mixture after its level
+    once = jnp.all(offset + samples <= 2 * length)
+    return lax.cond(once, lambda: read(jnp.where(step < length, step, step - length)), lambda: read(step % length))
 
 
 def mix(own: Array, partner: Array, gain: Array, partner_level: Array) -> Array:
