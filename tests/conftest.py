@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import hypothesis
@@ -9,6 +10,10 @@ import numpy as np
 import pytest
 
 RATE = 16_000
+
+# many tests, and the commands that they start, compile the same steps; set before anything imports jax
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 # a first call compiles, and test machines are busy: how long an example takes says nothing
 hypothesis.settings.register_profile("w2s", deadline=None)

@@ -106,8 +106,8 @@ def gather(bank: Array, row: Array, column: Array, length: Array, offset: Array,
 
     if jax.default_backend() != "cpu":
         return read(step % length)
-    # a CPU takes as long for so many divisions as for reading; a piece goes at most once around, but for the shortest clips. And
-    # what a branch has read is kept, or XLA would read it again for the mixture after its level
+    # a CPU takes as long for so many divisions as for reading; a piece goes at most once around, but for the shortest clips.
+    # And what a branch has read is kept, or XLA would read it again for the mixture after its level
     once = jnp.all(offset + samples <= 2 * length)
     return lax.cond(once, lambda: read(jnp.where(step < length, step, step - length)), lambda: read(step % length))
 
