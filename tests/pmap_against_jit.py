@@ -17,9 +17,9 @@ from w2s_jax import models
 from w2s_jax.train import initial_state, train_step
 
 
-def small_step(axis_name=None):
+def small_step(axis_name=None, form="direct"):
     # one form: the compiled kernel, which "auto" takes where it can, rounds otherwise
-    student = models.build("wav2small", channels=2, axis_name=axis_name, form="direct")
+    student = models.build("wav2small", channels=2, axis_name=axis_name, form=form)
     variables = models.build("wav2small", channels=2).init(jax.random.key(0), jnp.zeros((1, 640)))
     optimizer = optax.sgd(0.1)
     state = initial_state(variables, optimizer)
@@ -37,10 +37,10 @@ def largest(one, two) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
 
 
-def main() -> None:
+def main(form: str = "direct") -> None:
     devices, rng = jax.local_device_count(), np.random.default_rng(0)
-    step, state = small_step()
-    parallel_step, _ = small_step("batch")
+    step, state = small_step(form=form)
+    parallel_step, _ = small_step("batch", form)
     one, many = jax.jit(step), jax.pmap(parallel_step, axis_name="batch")
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))

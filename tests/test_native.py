@@ -268,11 +268,12 @@ from w2s_jax.models import forms
 from w2s_jax.models.wav2small import VGG
 asked, before = [], forms.native.trunk
 forms.native.trunk = lambda *a: asked.append(a[5]) or before(*a)
-both.main()
+both.main("auto")
 print(sorted(set(map(str, asked))))
 """
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_pmap_has_the_moments_of_the_global_batch():
     figures, asked = run(PMAP, XLA_FLAGS="--xla_force_host_platform_device_count=2")
