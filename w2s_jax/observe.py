@@ -199,7 +199,10 @@ def trace(directory: str | os.PathLike, say: Callable[[str], None] | None = None
         directory: usually WORKDIR/profile.
         say: called at the end with a line that tells how to open the trace.
     """
-    with jax.profiler.trace(os.fspath(directory)):
+    options = jax.profiler.ProfileOptions()
+    # the tracer of Python calls would import TensorFlow where it is installed, and leave it unable to convert a model
+    options.python_tracer_level = 0
+    with jax.profiler.trace(os.fspath(directory), profiler_options=options):
         yield
     if say:
         files = sorted(Path(directory).glob("plugins/profile/*/*.trace.json.gz"))
