@@ -199,11 +199,12 @@ def trace(directory: str | os.PathLike, say: Callable[[str], None] | None = None
         directory: usually WORKDIR/profile.
         say: called at the end with a line that tells how to open the trace.
     """
-    options = jax.profiler.ProfileOptions()
-    # the tracer of Python calls would import TensorFlow where it is installed, and leave it unable to convert a model
-    options.python_tracer_level = 0
-    with jax.profiler.trace(os.fspath(directory), profiler_options=options):
+    with jax.profiler.trace(os.fspath(directory)):
         yield
+    # jaxlib puts a bool where TensorFlow, if it is installed, has a function, and then no model can be converted any more
+    hook = sys.modules.get("tensorflow.python.profiler.trace")
+    if hook is not None and not callable(hook.enabled):
+        hook.enabled = hook._pywrap_traceme.traceme_enabled
     if say:
         files = sorted(Path(directory).glob("plugins/profile/*/*.trace.json.gz"))
         where = files[-1] if files else directory
