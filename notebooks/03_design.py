@@ -65,7 +65,7 @@ plt.rcParams |= {"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right"
 
 # %%
 student = models.build("wav2small")
-print({name: getattr(student, name) for name in student.__dataclass_fields__ if name not in ("parent", "name", "axis_name")})
+print({key: getattr(student, key) for key in student.__dataclass_fields__ if key not in ("parent", "name", *models.RUNNING)})
 print(models.count(student), f"{models.macs(student, 80000):,} MACs for 5 s")
 
 # %% [markdown]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,3 +147,5 @@ def test_a_trace_can_be_opened(tmp_path):
     path = Path(line.split("open ")[1].split(" at ")[0])
     assert path.stat().st_size > 0
     assert str(tmp_path / "profile") in line.split("--logdir ")[1]
+    hook = sys.modules.get("tensorflow.python.profiler.trace")
+    assert hook is None or callable(hook.enabled)  # or no model could be exported any more in this process
