@@ -217,6 +217,7 @@ def test_a_mismatch_of_bank_and_views_names_both(w2s, chain, corpus, tmp_path):
     assert "the views belong to bank" in err
 
 
+@pytest.mark.slow
 def test_teacher_check_tells_what_a_teacher_is_and_how_fast(w2s, chain, checkpoints):
     short = "--seconds", "0.5", "--batch-size", "2", "--json"
     code, out, _ = w2s("teacher", "check", "paper", "--checkpoint-dir", checkpoints, *short)
@@ -238,6 +239,7 @@ def test_teacher_check_tells_what_a_teacher_is_and_how_fast(w2s, chain, checkpoi
     assert "bfloat16 against float32" in out
 
 
+@pytest.mark.slow
 def test_a_teacher_is_compared_with_people(w2s, chain, corpus, checkpoints, tmp_path):
     options = "--checkpoint-dir", checkpoints, "--split", "test", "--out", tmp_path, "--batch-size", "3", "--json"
     code, out, _ = w2s("eval", "--teacher", "wavlm", "--bank", chain[0] / "bank", *options)

@@ -645,6 +645,7 @@ def cnn14_variables(state: dict, student) -> dict:
     return unflatten_dict(tree)
 
 
+@pytest.mark.slow
 def test_cnn14_is_its_torch_golden():
     golden = np.load(GOLDEN.with_name("cnn14.npz"))
     student = models.build("cnn14", channels=1)

@@ -77,6 +77,7 @@ def test_loss_shapes_are_checked():
         ccc(jnp.zeros((4, 1)), jnp.zeros((4, 3)))
 
 
+@pytest.mark.slow
 def test_pmap_over_devices_is_jit_of_the_whole_batch():
     """Four forced host devices need a process of their own."""
     done = subprocess.run(

@@ -35,6 +35,7 @@ from w2s_jax.evaluate import predict_views
 from w2s_jax.feed import Batches, DeviceFeed, HostFeed, divide, plan, stack
 from w2s_jax.labels import Labels
 from w2s_jax.losses import distillation_loss
+from w2s_jax.models import native
 from w2s_jax.parallel import PARALLEL, first, gathered, lay_out, meet, together
 from w2s_jax.views import Views
 
@@ -406,6 +407,9 @@ class _Run:
         decided = plan(self.bank, self.views, self.training, groups, layout, config)
         if self.say:
             self.say(decided.reason)
+            reason = config.form == "auto" and hasattr(self.student, "form") and native.unavailable()
+            if reason and jax.default_backend() == "cpu":
+                self.say(f"XLA's convolutions are used, about three times as slow as the compiled kernel, because: {reason}")
         given = (self.bank, self.views, self.training)
         if decided.placement == "device":
             feed = DeviceFeed(*given, groups, self.targets, layout, self.batches)
