@@ -168,7 +168,8 @@ def test_step_from_timms_weights_changes_everything(name, timm, golden, tmp_path
             assert np.isfinite(new).all(), path
             # a block's last shift may come out again in the next BatchNorm, and then has no gradient
             if [key.key for key in path[-3:]] != ["project", "norm", "bias"]:
-                assert not np.array_equal(old, new), path
+                # but for the bias of the pooling's softmax, which changes nothing
+                assert np.array_equal(old, new) == ("sof" in str(path) and "bias" in str(path)), path
 
 
 @pytest.mark.parametrize(("size", "stride", "depthwise", "shape"), [
