@@ -10,7 +10,7 @@ clips, on every number of devices that divides them, so a run can move between m
 
 | variant | data | hardware | time |
 |---|---|---|---|
-| laptop | 1 to 10 hours | 2 CPU cores | not yet run; 500 steps of 0.7 s (16 × 3 s, experiments/README.md): 6 minutes |
+| laptop | 1 to 10 hours | 2 CPU cores | not yet run; 500 steps of 0.24 s (16 × 3 s, experiments/README.md): 2 minutes |
 | gpu | 100 to 10,000 hours | 1 GPU of 16 GiB or more | not yet run; 13 minutes on an H100 if experiments/scaling.md is right |
 | pod | 100,000 hours, 72 M views of 5 s | 64 to 256 chips | not yet run; experiments/scaling.md |
 

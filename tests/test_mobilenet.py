@@ -110,6 +110,7 @@ def test_features_are_timms(golden, name):
     compare(golden, name, SIZES[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGER)
 def test_features_are_timms_one_size(golden, name):
     compare(golden, name, SIZES[:1])
@@ -193,6 +194,7 @@ def test_forms_for_the_cpu_are_xlas_convolution(size, stride, depthwise, shape):
         np.testing.assert_allclose(ours_, theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "stride", "depthwise"), [(5, 2, True), (3, 2, False)])
 def test_forms_for_the_cpu_are_float32_rounded(size, stride, depthwise):
     layer = Convolution(4, size, stride, depthwise)

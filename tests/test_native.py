@@ -251,6 +251,7 @@ def steps(form: str, count: int = 5):
     return losses, state
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_training_steps_are_those_of_the_direct_form():
     losses, state = steps("native")

@@ -612,6 +612,7 @@ def test_lengths_that_do_not_fit_the_waves(lengths, small):
         small("wav2vec2")(draw_waves(1000), np.array(lengths))
 
 
+@pytest.mark.slow
 def test_too_little_memory_names_a_batch_that_fits(small, monkeypatch):
     teacher = small("wav2vec2")
     waves = np.concatenate([draw_waves(4000, seed) for seed in range(8)])
