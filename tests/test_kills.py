@@ -96,7 +96,7 @@ def test_train(bank, tmp_path):
 
 
 #: Of two processes that label; W2S_KILLS=50 was run as well.
-KILLS = int(os.environ.get("W2S_KILLS", "16"))
+KILLS = int(os.environ.get("W2S_KILLS", "8"))
 
 
 def contents(directory) -> dict:

@@ -448,9 +448,8 @@ def test_bfloat16_is_float32_but_for_rounding(name, fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "fields", "gradient"), [
-    *[("wav2small", {"form": form}, 0.4) for form in FORMS], ("wav2small_17k", {}, 0.4), ("mobilenet_v3_s", {}, 0.4),
     # not MobileNetV4-S: with weights like these, noise of 2^-9 on the parameters alone moves its float32 gradient by 0.91 of it
-    ("cnn14", {"channels": 8}, 0.4),
+    ("wav2small", {"form": "direct"}, 0.4), ("wav2small_17k", {}, 0.4), ("mobilenet_v3_s", {}, 0.4),
 ])  # fmt: skip
 def test_bfloat16_is_float32_but_for_rounding_in_deep_students(name, fields, gradient):
     check_bfloat16(name, fields, np.stack([voice(1.0, seed) for seed in range(8)]), 0.1, gradient)

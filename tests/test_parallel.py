@@ -98,7 +98,8 @@ def test_one_device_is_eight_is_two_processes(unbroken, way):
         # biases began at 0 and are all but there still: 0.1 is what a parameter is like
         size = max(np.linalg.norm(values), 0.1 * np.sqrt(values.size))
         print(way, name, np.linalg.norm(found[name] - values) / size)
-        assert np.linalg.norm(found[name] - values) <= 1e-5 * size, name
+        # running statistics carry the rounding of 20 batches' moments
+        assert np.linalg.norm(found[name] - values) <= (1e-5 if name.startswith("params") else 1e-4) * size, name
     scores, others = (steps(unbroken / name, "validation") for name in ("one", way))
     np.testing.assert_allclose([s["ccc/mean"] for s in others], [s["ccc/mean"] for s in scores], atol=1e-5)
 

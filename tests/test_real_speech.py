@@ -30,7 +30,7 @@ def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("czech")
     script = Path(__file__).parents[1] / "experiments" / "czech_dnsmos.py"
     subprocess.run(
-        [sys.executable, script, "run", "--sound", SOUND, "--out", out, "--variant", "small", "--clips-per-level", "4"],
+        [sys.executable, script, "run", "--sound", SOUND, "--out", out, "--variant", "small", "--clips-per-level", "2"],
         check=True,
     )
     return out

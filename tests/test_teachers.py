@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import pickle
 import re
 import shutil
@@ -787,6 +788,9 @@ def test_golden_is_what_its_script_makes(golden):
             np.testing.assert_allclose(made[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.skipif(
+    not os.environ.get("W2S_FULL_SIZE"), reason="W2S_FULL_SIZE=1 runs it; the small teachers have the same layout"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_published_size(kind, tmp_path):
