@@ -453,6 +453,8 @@ class _Run:
                     state, measured = run(state, data, stack(chosen), signals, lengths[0])
                     yield state, measured, np.stack(rows), lengths[0], done, end
                     done = end
+            if self.profile and not traced and self.say:
+                self.say("no trace was written: every dispatch had to be compiled; train more steps, or set scan_steps=1")
 
         return dispatch
 

@@ -319,6 +319,19 @@ Moments moments(const float* p, int64_t n) {
   return {double(n), middle + left / n, sum(square) - left * left / n};
 }
 
+// The gradients of a normalisation's factor and beta: what the tasks have summed, [tasks, 2, channels], in the order of tasks.
+void add_norms(const std::vector<double>& norms, int64_t channels, Result& gfactor, Result& gbeta) {
+  for (int64_t c = 0; c < channels; ++c) {
+    double scale = 0, shift = 0;
+    for (size_t task = 0; task < norms.size(); task += 2 * channels) {
+      scale += norms[task + c];
+      shift += norms[task + channels + c];
+    }
+    gfactor->typed_data()[c] = scale;
+    gbeta->typed_data()[c] = shift;
+  }
+}
+
 // y, mean and variance of the convolution of the normalised x with kernel [3, 3, inputs, outputs].
 ffi::Error Forward(ffi::ThreadPool pool, Array x, Array centre, Array factor, Array beta, Array kernel, Result y, Result mean,
                    Result variance, int64_t time, bool affine) {
@@ -439,15 +452,7 @@ ffi::Error Backward(ffi::ThreadPool pool, Array x, Array centre, Array factor, A
     }
     for (int64_t n = 0; of_kernel && n < taps; ++n) kernels[task * taps + n] = sum(sums[n]);
   });
-  for (int64_t i = 0; i < in.channels; ++i) {
-    double scale = 0, shift = 0;
-    for (int64_t task = 0; task < tasks; ++task) {
-      scale += norms[(task * 2 + 0) * in.channels + i];
-      shift += norms[(task * 2 + 1) * in.channels + i];
-    }
-    gfactor->typed_data()[i] = scale;
-    gbeta->typed_data()[i] = shift;
-  }
+  add_norms(norms, in.channels, gfactor, gbeta);
   for (int64_t ky = 0; of_kernel && ky < 3; ++ky)
     for (int64_t i = 0; i < in.channels; ++i)
       for (int64_t kx = 0; kx < 3; ++kx)
@@ -554,15 +559,7 @@ ffi::Error PoolBackward(ffi::ThreadPool pool, Array x, Array centre, Array facto
       norms[(task * 2 + 1) * in.channels + c] = sum(total);
     }
   });
-  for (int64_t c = 0; c < in.channels; ++c) {
-    double scale = 0, shift = 0;
-    for (int64_t task = 0; task < tasks; ++task) {
-      scale += norms[(task * 2 + 0) * in.channels + c];
-      shift += norms[(task * 2 + 1) * in.channels + c];
-    }
-    gfactor->typed_data()[c] = scale;
-    gbeta->typed_data()[c] = shift;
-  }
+  add_norms(norms, in.channels, gfactor, gbeta);
   return ffi::Error::Success();
 }
 
@@ -614,15 +611,7 @@ ffi::Error FinishBackward(ffi::ThreadPool pool, Array x, Array centre, Array fac
       norms[(task * 2 + 1) * in.channels + c] += sum(total);
     }
   });
-  for (int64_t c = 0; c < in.channels; ++c) {
-    double scale = 0, shift = 0;
-    for (int64_t task = 0; task < tasks; ++task) {
-      scale += norms[(task * 2 + 0) * in.channels + c];
-      shift += norms[(task * 2 + 1) * in.channels + c];
-    }
-    gfactor->typed_data()[c] = scale;
-    gbeta->typed_data()[c] = shift;
-  }
+  add_norms(norms, in.channels, gfactor, gbeta);
   return ffi::Error::Success();
 }
 
