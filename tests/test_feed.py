@@ -58,7 +58,7 @@ def test_groups_keep_clips_whole_in_order_and_even(clips, count):
 def test_a_batch_takes_equally_from_every_group(seed, step):
     rng = np.random.default_rng(seed)
     groups = rng.permutation(np.repeat(np.arange(4), rng.integers(1, 9, 4)))
-    batches = feed.Batches(np.full(len(groups), 500), 12, 301, seed, groups)
+    batches = feed.Batches(np.full(len(groups), 500), 12, 301, seed, groups, 4)
     _, rows = batches(step)
     assert rows.shape == (4, 3)
     assert (groups[rows] == np.arange(4)[:, None]).all()
@@ -68,7 +68,9 @@ def test_a_batch_takes_equally_from_every_group(seed, step):
 
 def test_a_group_without_a_length_is_refused():
     with pytest.raises(UsageError, match=r"1 of 2 data shards have no view of 0\.5 s"):
-        feed.Batches(np.array([8000, 16000, 16000]), 2, 10, 0, np.array([0, 0, 1]))
+        feed.Batches(np.array([8000, 16000, 16000]), 2, 10, 0, np.array([0, 0, 1]), 2)
+    with pytest.raises(UsageError, match="5 of 8 data shards have no view"):  # fewer clips than shards
+        feed.Batches(np.full(3, 8000), 8, 10, 0, feed.divide(np.array([4, 5, 9]), 8), 8)
 
 
 @pytest.mark.parametrize(("shards", "size", "parts"), [(0, 7, 2), (3, 8, 1), (1, 8, 3), (-1, 8, 1), (1, 8, 0)])
@@ -82,7 +84,7 @@ def feeds(bank, views, layout, workers=0, steps=40):
     training = views.where("train")
     groups = feed.divide(views.columns["clip"][training], layout.shards)
     targets = np.random.default_rng(0).random((len(training), 2)).astype(np.float32)
-    batches = feed.Batches(views.columns["samples"][training], 8, steps, 0, groups)
+    batches = feed.Batches(views.columns["samples"][training], 8, steps, 0, groups, layout.shards)
     on_device = feed.DeviceFeed(bank, views, training, groups, targets, layout, batches)
     return on_device, feed.HostFeed(bank, views, training, targets, layout, batches, workers), training, targets
 

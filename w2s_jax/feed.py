@@ -51,15 +51,24 @@ class Batches:
         steps: how many steps there will be.
         seed: of the order.
         groups: int [V], as ``divide`` makes them; default: one.
+        shards: how many groups there are; with fewer clips than that, some have no views.
 
     Raises:
         UsageError: a group has no views of some length.
     """
 
-    def __init__(self, samples: np.ndarray, batch_size: int, steps: int, seed: int, groups: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        samples: np.ndarray,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        groups: np.ndarray | None = None,
+        shards: int = 1,
+    ) -> None:
         self.lengths, counts = np.unique(samples, return_counts=True)
         groups = np.zeros(len(samples), np.int32) if groups is None else groups
-        self.shards = int(groups.max()) + 1
+        self.shards = shards
         if batch_size % self.shards:
             raise UsageError(f"a batch of {batch_size} views cannot take equally many from each of {self.shards} data shards")
         self._members = [[np.flatnonzero((samples == n) & (groups == g)) for g in range(self.shards)] for n in self.lengths]

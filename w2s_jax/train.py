@@ -350,7 +350,7 @@ class _Run:
         config = self.config
         groups = divide(self.views.columns["clip"][self.training], self.layout.shards)
         samples = self.views.columns["samples"][self.training]
-        self.batches = Batches(samples, config.batch_size, config.steps, config.seed, groups)
+        self.batches = Batches(samples, config.batch_size, config.steps, config.seed, groups, self.layout.shards)
         state = self.initial()
         best = {"step": 0, "ccc": None}
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
