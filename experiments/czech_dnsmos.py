@@ -105,7 +105,7 @@ def peer(peer_file: Path, out: Path, seconds: float | None) -> dict:
     from w2s_jax import metrics, render
     from w2s_jax import views as tables
     from w2s_jax.bank import Bank
-    from w2s_jax.train import Batches
+    from w2s_jax.feed import Batches
 
     spec = importlib.util.spec_from_file_location("peer", peer_file)
     module = importlib.util.module_from_spec(spec)
@@ -136,10 +136,10 @@ def peer(peer_file: Path, out: Path, seconds: float | None) -> dict:
     spent, step, best = 0.0, 0, (-2.0, None)
     while spent < seconds:
         began = time.perf_counter()
-        _, chosen = batches(step)
-        waves = torch.tensor(render.render_on_host(bank, views, rows[chosen]))
+        chosen = rows[batches(step)[1].ravel()]
+        waves = torch.tensor(render.render_on_host(bank, views, chosen))
         optimiser.zero_grad()
-        module.ccc_loss(model(waves), torch.from_numpy(labels.values[rows[chosen]])).backward()
+        module.ccc_loss(model(waves), torch.from_numpy(labels.values[chosen])).backward()
         optimiser.step()
         spent, step = spent + time.perf_counter() - began, step + 1
         if step % config.eval_every == 0 or spent >= seconds:  # not counted, as in w2s train
