@@ -1,21 +1,26 @@
 """What models cost on this machine: parameters, multiply-accumulates, bytes, peak memory and time, beside the paper's figures.
 
-Students are measured with random weights, on which none of these depends; any ONNX file of one waveform input can stand beside.
+Students are measured with random weights, on which none of these depends; any ONNX file of one waveform input can stand beside,
+in onnxruntime and in OpenVINO.
 """
 
 from __future__ import annotations
 
 import base64
 import csv
+import functools
+import importlib.metadata
+import importlib.util
 import io
 import json
 import math
 import platform
+import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +37,18 @@ PUBLISHED: dict[str, dict] = {
     "mobilenet_v4_s": {"parameters": 3_120_000, "peak_memory": 36e6, "milliseconds": 5, "ccc": {"valence": 0.42}},
     "mobilenet_v3_s": {"milliseconds": 11},
 }  # fmt: skip
-#: The columns of bench.csv.
+#: The columns of bench.csv; "ratio" only with a yardstick.
 COLUMNS = (
-    "model", "kind", "parameters", "macs", "bytes", "peak_memory", "milliseconds", "p95_milliseconds", "real_time_factor",
-    "ccc", "ccc_of", "published_parameters", "published_macs", "published_bytes", "published_peak_memory",
-    "published_milliseconds", "published_ccc",
+    "model", "kind", "engine", "parameters", "macs", "bytes", "peak_memory", "milliseconds", "p95_milliseconds",
+    "real_time_factor", "ratio", "ccc", "ccc_of", "published_parameters", "published_macs", "published_bytes",
+    "published_peak_memory", "published_milliseconds", "published_ccc",
 )  # fmt: skip
 KINDS = ("fp32", "int8")
-#: An Identity from x [time] to y as ONNX: the model of an onnxruntime process that does nothing.
+#: What can be asked for. Where that is onnxruntime, a .tflite file runs in LiteRT, as ``Predictor`` does it.
+ENGINES = ("onnxruntime", "openvino")
+#: Kinds that multiply integers, which is to be faster than fp32; the others of eight bits and less only save bytes.
+INTEGER_KINDS = ("int8", "qdq", "int8-int4")
+#: An Identity from x [time] to y as ONNX: the model of a process that does nothing.
 EMPTY = base64.b64decode(
     "CAg6QwoQCgF4EgF5IghJZGVudGl0eRIFZW1wdHlaEwoBeBIOCgwIARIICgYSBHRpbWViEwoBeRIOCgwIARIICgYSBHRpbWVCBAoAEBE="
 )
@@ -133,28 +142,57 @@ def measure(
     threads: int = 1,
     memory: bool = True,
     progress: Callable[[int, int], object] | None = None,
+    *,
+    against: str | Path | None = None,
+    engines: Sequence[str] = ("onnxruntime",),
+    say: Callable[[str], object] | None = None,
 ) -> dict[str, dict]:
-    """Time and memory of ONNX files on this machine, with the onnxruntime settings of ``Predictor``.
+    """Time and memory of ONNX files on this machine.
+
+    onnxruntime has the settings of ``Predictor``. OpenVINO runs on the CPU for the shortest latency, in float32 wherever a file
+    says so: left alone, it computes fp32 files in bfloat16 on CPUs that can, which is another network at another speed. Its
+    threads are not pinned to cores, as those of onnxruntime are not.
 
     Args:
         files: label → file with one float input, the waveform: [time], [1, time] or [1, 1, time].
         seconds: length of the audio (a file with a fixed length hears that length).
-        runs: timed runs of each file. They take turns, so that a drift of the machine hits all; the first of each is not timed.
-        threads: of onnxruntime.
+        runs: timed runs of each file in each engine. All of them take turns, in another order in each round, so that a drift
+            of the machine hits all; the first round is not timed.
+        threads: of the engine.
         memory: also measure the peak memory, in ``PROCESSES`` fresh processes each.
         progress: called with (steps done, steps in all).
+        against: a yardstick, a file like the others: measured with them in onnxruntime, under its label in ``files`` or, where
+            it is not one of them, its path.
+        engines: of ``ENGINES``.
+        say: called with a line for each file that OpenVINO cannot run; it has no figures then.
 
     Returns:
-        label → ``bytes``; ``milliseconds`` (median) and ``p95_milliseconds``; ``real_time_factor`` (time / length of the
-        audio); ``peak_memory`` in bytes above that of an onnxruntime process that runs nothing (None where it cannot be known).
+        label in onnxruntime, "label openvino" in OpenVINO → ``engine``; ``bytes``; ``milliseconds`` (median) and
+        ``p95_milliseconds``; ``real_time_factor`` (time / length of the audio); ``peak_memory`` in bytes above that of a
+        process of the same engine that runs an empty model (of onnxruntime for LiteRT, whose own library is in the figure;
+        None where it cannot be known); with a yardstick, ``ratio``: the median over the rounds of (time / time of the
+        yardstick in the same round).
 
     Raises:
-        UsageError: no such file, or another kind of network.
+        UsageError: no such file or engine, an engine that is not installed, another kind of network, or nothing that can run.
         W2SError: onnxruntime cannot run it.
     """
     if seconds <= 0 or runs < 1:
         raise UsageError(f"expected seconds > 0 and runs >= 1, got {seconds} and {runs}")
-    total, done = len(files) * (runs + (PROCESSES if memory else 0)), 0
+    _check_engines(engines)
+    asked = {_label(label, engine): (file, engine) for label, file in files.items() for engine in dict.fromkeys(engines)}
+    if against is not None:
+        yardstick = next((label for label, file in files.items() if _same(file, against)), str(against))
+        asked.setdefault(yardstick, (against, "onnxruntime"))
+    ready = {}  # label → runs it once, seconds that it hears
+    for label, (file, engine) in asked.items():
+        try:
+            ready[label] = _ready(file, seconds, threads, engine)
+        except _NotForOpenVINO as error:
+            (say or (lambda line: None))(f"{file}: not measured in OpenVINO: {error}")
+    if not ready:
+        raise UsageError(f"nothing to measure: none of {len(files)} files runs in {' or '.join(engines)}")
+    total, done = len(ready) * (runs + (PROCESSES if memory else 0)), 0
 
     def step() -> None:
         nonlocal done
@@ -162,45 +200,77 @@ def measure(
         if progress:
             progress(done, total)
 
-    peaks = dict.fromkeys(files)
-    if memory:
-        empty = statistics.median(_peak(None, seconds, threads) or 0 for _ in range(PROCESSES))
-        for label, file in files.items():
-            found = []
-            for _ in range(PROCESSES):
-                found.append(_peak(file, seconds, threads))
-                step()
-            peaks[label] = round(statistics.median(found) - empty) if empty else None
-    ready = {label: _ready(file, seconds, threads) for label, file in files.items()}
-    times: dict[str, list[float]] = {label: [] for label in files}
+    @functools.cache
+    def empty(engine: str) -> float:
+        return statistics.median(_peak(None, seconds, threads, engine) or 0 for _ in range(PROCESSES))
+
+    peaks = dict.fromkeys(ready)
+    for label in ready if memory else ():
+        file, engine = asked[label]
+        found = []
+        for _ in range(PROCESSES):
+            found.append(_peak(file, seconds, threads, engine))
+            step()
+        if empty(engine):
+            peaks[label] = round(statistics.median(found) - empty(engine))
+    times: dict[str, list[float]] = {label: [] for label in ready}
+    order = random.Random(0)
     for run in range(runs + 1):
-        for label, (session, feed) in ready.items():
+        for label in order.sample(list(ready), len(ready)):  # what a run leaves in the caches is not always the same one's luck
             began = time.perf_counter()
-            _run(session, feed, files[label])
+            ready[label][0]()
             if run:
                 times[label].append(time.perf_counter() - began)
                 step()
     result = {}
-    for label, file in files.items():
-        heard = next(iter(ready[label][1].values())).shape[-1] / SAMPLING_RATE
+    for label, (_, heard) in ready.items():
+        file, engine = asked[label]
         median, p95 = np.percentile(times[label], [50, 95])
         result[label] = {
+            "engine": _runtime(file, engine),
             "bytes": Path(file).stat().st_size,
             "milliseconds": round(1000 * float(median), 3),
             "p95_milliseconds": round(1000 * float(p95), 3),
             "real_time_factor": round(float(median) / heard, 6),
             "peak_memory": peaks[label],
         }
+        if against is not None:
+            result[label]["ratio"] = round(float(np.median(np.divide(times[label], times[yardstick]))), 4)
     return result
+
+
+def _check_engines(engines: Iterable[str]) -> None:
+    if unknown := sorted(set(engines) - set(ENGINES)):
+        raise UsageError(f"unknown engine {', '.join(unknown)}; there are: {', '.join(ENGINES)}")
+    if "openvino" in engines and not _has_openvino():
+        raise missing_extra("openvino", "openvino")
+
+
+def _has_openvino() -> bool:
+    return importlib.util.find_spec("openvino") is not None
+
+
+def _label(label: str, engine: str) -> str:
+    return label if engine == "onnxruntime" else f"{label} {engine}"
+
+
+def _runtime(file: str | Path, engine: str) -> str:
+    return "litert" if Path(file).suffix == ".tflite" and engine == "onnxruntime" else engine
+
+
+def _same(one: str | Path, other: str | Path) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def count(file: str | Path, seconds: float = 5.0) -> dict:
     """Parameters and multiply-accumulates of an ONNX file, from its graph.
 
-    Every convolution and matrix product is counted by the shapes that it really has for ``seconds`` of audio.
+    Every convolution and matrix product is counted by the shapes that it really has for ``seconds`` of audio. What depends on
+    constants alone is computed when the file is loaded: it is not counted, and weights are those that come out of it.
 
     Returns:
-        ``parameters`` (weights in the file), ``macs``, and ``uncounted``: operators with products that were not counted.
+        ``parameters`` (the number that the file's metadata gives, or else that of the weights that enter its computation),
+        ``macs``, and ``uncounted``: operators with products that were not counted, "Conv in Loop" for one in a body.
 
     Raises:
         UsageError: onnx is not installed, no such file, or another kind of network.
@@ -216,29 +286,34 @@ def count(file: str | Path, seconds: float = 5.0) -> dict:
         raise UsageError(f"no model at {file}: no such file") from error
     except Exception as error:  # protobuf's exceptions share no base
         raise W2SError(f"{file} is damaged or not an ONNX model") from error
-    stored = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
-    small = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-    # not scales and zero points, one number for a tensor or a channel each
-    scales = {name for node in model.graph.node if "Linear" in node.op_type for name in node.input[1:]}
-    parameters = sum(
-        math.prod(tensor.dims)
-        for tensor in model.graph.initializer
-        if tensor.data_type in floats + small + (onnx.TensorProto.INT32,) and tensor.dims and tensor.name not in scales
-    )
-    products = [node for node in model.graph.node if node.op_type in _OPERANDS]
-    wanted = {node.output[0] for node in products}
-    wanted |= {node.input[at] for node in products for at in _OPERANDS[node.op_type] if node.input[at] not in stored}
-    wanted -= {value.name for value in (*model.graph.input, *model.graph.output)}
-    known = {value.name for value in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(wanted))
-    session, feed = _ready(model.SerializeToString(), seconds, 1)
-    names = sorted(wanted | known)
-    shapes = {name: np.shape(value) for name, value in zip(names, _run(session, feed, file, names), strict=True)}
-    shapes |= {name: value.shape for name, value in feed.items()} | stored
-    uncounted = {node.op_type for node in model.graph.node if node.op_type in _NOT_COUNTED or node.domain == "com.microsoft"}
-    macs = sum(_macs(node, shapes) for node in products)
-    return {"parameters": parameters, "macs": macs, "uncounted": sorted(uncounted - set(_OPERANDS))}
+    graph = model.graph
+    stored = {tensor.name: (tuple(tensor.dims), tensor.data_type) for tensor in graph.initializer}
+    constants, alive = set(stored), []
+    for node in graph.node:  # in the order of computation
+        if all(name in constants or not name for name in node.input) and not _bodies(node) and "Random" not in node.op_type:
+            constants.update(node.output)
+        else:
+            alive.append(node)
+    products = [node for node in alive if node.op_type in _OPERANDS]
+    entering = {name for node in alive for at, name in enumerate(node.input) if name in constants and not _scales(node, at)}
+    operands = {node.input[at] for node in products for at in _OPERANDS[node.op_type]}
+    wanted = entering | operands | {node.output[0] for node in products}
+    wanted -= {value.name for value in (*graph.input, *graph.output)} | set(stored)
+    names = [value.name for value in graph.output] + sorted(wanted)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(wanted))
+    session, feed = _session(model.SerializeToString(), seconds, 1)
+    values = dict(zip(names, _run(session, feed, file, names), strict=True)) | feed
+    shapes = {name: np.shape(value) for name, value in values.items()} | {name: shape for name, (shape, _) in stored.items()}
+    kinds = {name: onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype) for name in entering - set(stored)}
+    kinds |= {name: kind for name, (_, kind) in stored.items()}
+    about = {prop.key: prop.value for prop in model.metadata_props}
+    # a scalar is a setting, not a weight; int64 are shapes and indices
+    weights = sum(math.prod(shapes[name]) for name in entering if shapes[name] and kinds[name] in _WEIGHTS)
+    return {
+        "parameters": _recorded(about) or weights,
+        "macs": sum(_macs(node, shapes) for node in products),
+        "uncounted": sorted(set(_uncounted(alive))),
+    }
 
 
 #: Operators of products → where their two operands are.
@@ -247,16 +322,51 @@ _OPERANDS = {
     "MatMul": (0, 1), "MatMulInteger": (0, 1), "QLinearMatMul": (0, 3), "Gemm": (0, 1), "QGemm": (0, 3), "FusedConv": (0, 1),
 }  # fmt: skip
 _NOT_COUNTED = ("LSTM", "GRU", "RNN", "Einsum", "Attention", "DFT", "STFT")
+#: Operators of onnxruntime's own domain without products of two tensors; any other may hide some.
+_PLAIN = (
+    "NhwcMaxPool", "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearSoftmax", "QLinearSigmoid", "QLinearLeakyRelu",
+    "QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearReduceMean", "QuantizeLinear", "DequantizeLinear", "Gelu",
+    "FastGelu", "BiasGelu", "QuickGelu",
+)  # fmt: skip
+#: Types of weights, as numbers of onnx.TensorProto: FLOAT, UINT8, INT8, INT32, FLOAT16, DOUBLE, BFLOAT16, UINT4, INT4.
+_WEIGHTS = (1, 2, 3, 6, 10, 11, 16, 21, 22)
+
+
+def _scales(node, at: int) -> bool:
+    """Whether an input of a quantised operator is a scale or a zero point, one number for a tensor or a channel."""
+    if node.op_type in ("ConvInteger", "MatMulInteger"):
+        return at >= 2
+    bias = {"QLinearConv": 8, "QGemm": 6}.get(node.op_type)
+    return ("Linear" in node.op_type or node.op_type == "QGemm") and at not in (0, 3, bias)
+
+
+def _bodies(node) -> list:
+    return [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+
+
+def _uncounted(nodes, where: str = "") -> Iterator[str]:
+    for node in nodes:
+        known = node.op_type in _OPERANDS
+        foreign = node.domain not in ("", "ai.onnx") and node.op_type not in _PLAIN
+        if where if known else foreign or node.op_type in _NOT_COUNTED:
+            yield node.op_type + where
+        for body in _bodies(node):
+            yield from _uncounted(body.node, f" in {node.op_type}{where}")
 
 
 def _macs(node, shapes: dict[str, tuple]) -> int:
     left, right = (shapes[node.input[at]] for at in _OPERANDS[node.op_type])
     if node.op_type == "ConvTranspose":
         return math.prod(left) * math.prod(right[1:])
-    if "Conv" in node.op_type:
-        return math.prod(shapes[node.output[0]]) * math.prod(right[1:])  # [out, in / groups, …]
+    if "Conv" in node.op_type:  # weights are [out, in / groups, …], also where onnxruntime's QLinearConv has its channels last
+        return math.prod(shapes[node.output[0]]) * math.prod(right[1:])
     transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
     return math.prod(shapes[node.output[0]]) * left[-2 if transposed else -1]
+
+
+def _recorded(about: Mapping[str, str]) -> int | None:
+    """The parameters that a file's metadata gives."""
+    return int(about["parameters"]) if about.get("parameters", "").isdigit() else None
 
 
 def bench(
@@ -269,6 +379,8 @@ def bench(
     seconds: float = 5.0,
     runs: int = 30,
     threads: int = 1,
+    against: str | Path | None = None,
+    engines: Sequence[str] | None = None,
     say: Callable[[str], object] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[dict]:
@@ -276,29 +388,41 @@ def bench(
 
     Args:
         students: names, made with random weights.
-        models: model directories (all their ONNX files) or ONNX files.
+        models: model directories (all their files of ``predictor.FILES`` and other ONNX files; what has other inputs than one
+            waveform is left out, with a line) or files.
         out: where the files go; students' ONNX files go to ``models`` in it.
         kinds: of the students.
         fields: of every student, for example ``{"n_mels": 64}``.
-        seconds, runs, threads: as in ``measure``.
+        seconds, runs, threads, against: as in ``measure``.
+        engines: of ``ENGINES``; default: onnxruntime, and OpenVINO where it is installed.
         say: called with a line of text at each step.
         progress: as in ``measure``.
 
     Returns:
-        A row for each file, with the keys ``COLUMNS``; what is not known is None.
+        A row for each file and engine, with the keys ``COLUMNS`` (``ratio`` only with ``against``, which has the last row
+        unless it is one of the models); what is not known is None.
 
     Raises:
         UsageError, W2SError: as in ``make``, ``measure`` and ``count``.
     """
     say, out = say or (lambda line: None), Path(out)
-    files, rows = {}, {}
+    engines = engines or (ENGINES if _has_openvino() else ENGINES[:1])
+    _check_engines(engines)
+    # a wrong yardstick is found before minutes of exports
+    files, rows = {}, {} if against is None else {str(against): _described(Path(against))}
     for path in map(Path, models):
-        found = sorted(path.glob("*.onnx"), key=lambda file: len(file.name)) if path.is_dir() else [path]  # fp32 first
+        found = _found(path) if path.is_dir() else [path]
         if not found or not found[0].is_file():
             raise UsageError(f"no model at {path}" + (" (it has no .onnx file)" if path.is_dir() else ": no such file"))
         for file in found:
-            files[str(file)] = file
-            rows[str(file)] = _described(file)
+            try:
+                rows[str(file)] = _described(file)
+            except UsageError as error:
+                if not path.is_dir():
+                    raise
+                say(f"left out: {error}")
+            else:
+                files[str(file)] = file
     for name in dict.fromkeys(students):
         began = time.perf_counter()
         for kind, file in make(name, fields, out / "models", kinds).items():
@@ -307,28 +431,36 @@ def bench(
         say(f"{name}: exported in {time.perf_counter() - began:.0f} s")
     if not files:
         raise UsageError("nothing to measure: name a student or a model file")
-    say(f"measuring {len(files)} files, {runs} runs each")
-    figures = measure(files, seconds, runs, threads, progress=progress)
-    table = []
+    say(f"measuring {len(files)} files in {' and '.join(dict.fromkeys(engines))}, {runs} runs each")
+    figures = measure(files, seconds, runs, threads, progress=progress, against=against, engines=engines, say=say)
+    if against is not None and not any(_same(file, against) for file in files.values()):
+        files[str(against)] = Path(against)
+    columns = [column for column in COLUMNS if column != "ratio" or against is not None]
+    table, together = [], {}
     for label, file in files.items():
-        try:
-            counted = count(file, seconds)
-        except UsageError as error:  # the base install has no onnx: everything else is still worth knowing
-            say(f"parameters and MACs are not counted: {error}")
-            counted = {"parameters": None, "macs": None}
-        row = dict.fromkeys(COLUMNS) | figures[label] | counted | rows[label]
-        if counted.get("uncounted"):
-            say(f"{label}: MACs without those of {', '.join(counted['uncounted'])}")
-        table.append(row)
-    about = {"seconds": seconds, "runs": runs, "threads": threads, "machine": machine(), "rows": table}
-    write_json(out / "bench.json", about)
+        measured = [figures[key] for key in (_label(label, engine) for engine in ENGINES) if key in figures]
+        counted = _counted(file, label, seconds, say) if measured else {}
+        for found in measured:
+            row = dict.fromkeys(columns) | found | counted | rows[label]
+            table.append(row)
+            together.setdefault((file.parent, row["model"], row["engine"]), {})[row["kind"]] = row["milliseconds"]
+    for (_, model, engine), times in together.items():
+        slower = [
+            f"{times[kind]:.2f} ms of {kind}" for kind in INTEGER_KINDS if times.get(kind, 0) > times.get("fp32", math.inf)
+        ]
+        if slower:
+            say(f"{model}, {engine}: fp32 is faster here: {times['fp32']:.2f} ms against {', '.join(slower)}")
+    about = {"seconds": seconds, "runs": runs, "threads": threads, "machine": machine({row["engine"] for row in table})}
+    about |= {"against": str(against)} if against is not None else {}
+    write_json(out / "bench.json", {**about, "rows": table})
     lines = io.StringIO()
-    writer = csv.DictWriter(lines, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
     write_atomic(out / "bench.csv", lambda temporary: Path(temporary).write_text(lines.getvalue()))
-    text = f"{about['machine']}; {seconds:g} s of audio, {threads} thread(s), {runs} runs\n\n{markdown(table)}\n"
-    write_atomic(out / "bench.md", lambda temporary: Path(temporary).write_text(text))
+    text = f"{about['machine']}; {seconds:g} s of audio, {threads} thread(s), {runs} runs"
+    text += f"; ratio: time / time of {against} in onnxruntime" if against is not None else ""
+    write_atomic(out / "bench.md", lambda temporary: Path(temporary).write_text(f"{text}\n\n{markdown(table)}\n"))
     if any(row["ccc"] is not None for row in table):
         try:
             import matplotlib  # noqa: F401 (asks whether it is there)
@@ -337,6 +469,29 @@ def bench(
         else:
             picture(table, seconds, out / "bench.png")
     return table
+
+
+def _found(directory: Path) -> list[Path]:
+    """The models in a directory: those of ``predictor.FILES`` in its order, then other ONNX files."""
+    from w2s_jax.runtime.predictor import FILES
+
+    own = [directory / name for name in FILES.values() if (directory / name).is_file()]
+    return own + sorted(set(directory.glob("*.onnx")) - set(own), key=lambda file: (len(file.name), file.name))  # fp32 first
+
+
+def _counted(file: Path, label: str, seconds: float, say: Callable[[str], object]) -> dict:
+    """What ``count`` finds, or None where it cannot."""
+    unknown = {"parameters": None, "macs": None}
+    if file.suffix == ".tflite":  # no ONNX graph
+        return unknown
+    try:
+        counted = count(file, seconds)
+    except UsageError as error:  # the base install has no onnx: everything else is still worth knowing
+        say(f"parameters and MACs are not counted: {error}")
+        return unknown
+    if counted["uncounted"]:
+        say(f"{label}: MACs without those of {', '.join(counted['uncounted'])}")
+    return counted
 
 
 def _published(name: str) -> dict:
@@ -351,13 +506,14 @@ def _published(name: str) -> dict:
 
 def _described(file: Path) -> dict:
     """What a file and its directory say of themselves."""
-    from w2s_jax.runtime.predictor import open_session
+    from w2s_jax.runtime.predictor import FILES
 
-    about = open_session(file)[0].get_modelmeta().custom_metadata_map
-    row = {"model": file.parent.name if file.name in ("model.onnx", "model.int8.onnx") else file.name}
-    row["kind"] = about.get("kind")
-    if about.get("parameters", "").isdigit():
-        row["parameters"] = int(about["parameters"])
+    about = _session(file, 1.0, 1)[0].get_modelmeta().custom_metadata_map
+    kinds = {name: kind for kind, name in FILES.items()}
+    row = {"model": file.absolute().parent.name if file.name in kinds else file.name}
+    row["kind"] = about.get("kind") or kinds.get(file.name)
+    if (parameters := _recorded(about)) is not None:
+        row["parameters"] = parameters
     config = file.parent / "config.json"
     if "student" in about and config.is_file():
         scores = json.loads(config.read_text()).get("validation_ccc")
@@ -366,21 +522,21 @@ def _described(file: Path) -> dict:
     return row
 
 
-def machine() -> str:
+def machine(engines: Iterable[str] = ("onnxruntime",)) -> str:
     """This machine's processor and the versions that matter, in words."""
-    import onnxruntime
-
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         name = next((line.partition(":")[2].strip() for line in cpuinfo.open() if line.startswith("model name")), name)
-    return f"{name}, {platform.system()}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
+    versions = [f"{engine} {importlib.metadata.version(engine)}" for engine in ENGINES if engine in engines]
+    return ", ".join([name, platform.system(), *versions, f"Python {platform.python_version()}"])
 
 
 #: Heading and how a value is written, for people.
 _SHOWN: dict[str, tuple[str, Callable]] = {
     "model": ("model", str),
     "kind": ("kind", str),
+    "engine": ("engine", str),
     "parameters": ("parameters", "{:,}".format),
     "macs": ("GMAC", lambda value: f"{value / 1e9:.3f}"),
     "bytes": ("kB", lambda value: f"{value / 1000:,.0f}"),
@@ -388,12 +544,13 @@ _SHOWN: dict[str, tuple[str, Callable]] = {
     "milliseconds": ("ms", "{:.2f}".format),
     "p95_milliseconds": ("p95", "{:.2f}".format),
     "real_time_factor": ("RTF", "{:.5f}".format),
+    "ratio": ("ratio", "{:.2f}".format),
     "published": ("paper says", str),
 }
 
 
 def shown(row: Mapping) -> list[str]:
-    """A row as people read it; columns as ``headings``. What is not known is a dash."""
+    """A row as people read it; columns as ``headings`` of it. What is not known is a dash."""
     notes = []
     for key, form in (
         ("macs", "{:.1f} GMAC"),
@@ -407,69 +564,101 @@ def shown(row: Mapping) -> list[str]:
     if row.get("published_ccc"):
         notes.append(f"CCC {row['published_ccc']}")
     filled = {**row, "published": "; ".join(notes) or None}
-    return [form(filled[key]) if filled.get(key) is not None else "–" for key, (_, form) in _SHOWN.items()]
+    return [_SHOWN[key][1](filled[key]) if filled.get(key) is not None else "–" for key in _shown_keys(row)]
 
 
-def headings() -> list[str]:
-    """The headings of ``shown``."""
-    return [heading for heading, _ in _SHOWN.values()]
+def headings(row: Mapping) -> list[str]:
+    """The headings of ``shown``: all rows of a table have the same."""
+    return [_SHOWN[key][0] for key in _shown_keys(row)]
+
+
+def _shown_keys(row: Mapping) -> list[str]:
+    return [key for key in _SHOWN if key != "ratio" or "ratio" in row]
 
 
 def markdown(table: Sequence[Mapping]) -> str:
     """The table in Markdown."""
-    lines = [headings(), ["---"] * len(_SHOWN), *(shown(row) for row in table)]
+    names = headings(table[0])
+    lines = [names, ["---"] * len(names), *(shown(row) for row in table)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def picture(table: Sequence[Mapping], seconds: float, path: str | Path) -> None:
-    """Draw time against CCC, for the rows whose CCC is known, as PNG; a line joins a model's kinds."""
+    """Draw time against CCC, for the rows whose CCC is known, as PNG: a color is a model, a marker a kind, hollow is OpenVINO.
+
+    All kinds of a model have one CCC, that of its line: the first lies on it, the next ones below it: equal times stay apart.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.transforms import ScaledTranslation
 
     known = [row for row in table if row["ccc"] is not None]
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    colors: dict[str, str] = {}
+    models: dict[tuple, list] = {}
+    markers: dict[str, str] = {}
     for row in known:
-        color = colors.setdefault(row["model"], f"C{len(colors)}")
-        marker = "o" if row["published_ccc"] else "s"
-        filled = color if row["kind"] != "int8" else "white"
-        axis.plot(row["milliseconds"], row["ccc"], marker, color=color, markerfacecolor=filled, markersize=8)
-    for name, color in colors.items():
-        rows = [row for row in known if row["model"] == name]
-        axis.plot([row["milliseconds"] for row in rows], [row["ccc"] for row in rows], color=color, linewidth=1)
-        last = max(rows, key=lambda row: row["milliseconds"])
-        axis.annotate(name, (last["milliseconds"], last["ccc"]), xytext=(8, 4), textcoords="offset points", color=color)
-    for marker, filled, label in (
-        ("o", "0.3", "circle: CCC as published (valence, MSP-Podcast v1.7 Test1)"),
-        ("s", "0.3", "square: CCC with its own teacher (mean, validation views)"),
-        ("o", "white", "hollow: int8"),
-    ):
-        axis.plot([], [], marker, color="0.3", markerfacecolor=filled, label=label, linestyle="none")
-    axis.legend(loc="lower right", fontsize=8)
+        models.setdefault((row["model"], row["ccc"], bool(row["published_ccc"])), []).append(row)
+    for at, ((name, ccc, published), rows) in enumerate(models.items()):
+        kinds = list(dict.fromkeys(row["kind"] or "other" for row in rows))
+        for row in rows:
+            kind = row["kind"] or "other"
+            marker = markers.setdefault(kind, "osD^vP*X<>"[len(markers) % 10])
+            place = axis.transData + ScaledTranslation(0, -kinds.index(kind) * 8 / 72, figure.dpi_scale_trans)
+            fill = "white" if row["engine"] == "openvino" else f"C{at}"
+            axis.plot(row["milliseconds"], ccc, marker, color=f"C{at}", mfc=fill, ms=7, transform=place)
+        label = f"{name}: {ccc:.2f} ({'paper' if published else 'own teacher'})"
+        spread = [row["milliseconds"] for row in rows]
+        axis.hlines(ccc, min(spread), max(spread), color=f"C{at}", linewidth=0.8)
+        axis.annotate(label, (max(spread), ccc), (9, -3), textcoords="offset points", color=f"C{at}", fontsize=8)
+    for kind, marker in markers.items():
+        axis.plot([], [], marker, color="0.3", label=kind)
+    if any(row["engine"] == "openvino" for row in known):
+        axis.plot([], [], "o", color="0.3", mfc="white", label="hollow: OpenVINO")
+    figure.legend(loc="outside right upper", fontsize=8, title="kind")
     axis.set_xlabel(f"milliseconds for {seconds:g} s of audio on this machine, median")
-    axis.set_ylabel("CCC")
+    axis.set_ylabel("CCC (lines; the kinds of a model hang below its line)")
     times = [row["milliseconds"] for row in known]
-    axis.set_xlim(0, 1.35 * max(times))
+    axis.set_xlim(0, 1.6 * max(times))
     axis.set_ylim(max(-1, min(row["ccc"] for row in known) - 0.15), min(1, max(row["ccc"] for row in known) + 0.1))
     axis.grid(alpha=0.3)
-    axis.set_title("time against CCC; circles and squares are not comparable", fontsize=10)
+    axis.set_title(
+        "not comparable: CCC of the paper (valence, MSP-Podcast v1.7 Test1), with the own teacher (mean, validation views)",
+        fontsize=8,
+    )
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
-def _ready(file: str | Path | bytes, seconds: float, threads: int):
-    """A session and what it is fed: noise."""
+class _NotForOpenVINO(W2SError):
+    """OpenVINO cannot run a file that may well run in its own engine."""
+
+
+def _ready(file: str | Path | bytes, seconds: float, threads: int, engine: str) -> tuple[Callable[[], object], float]:
+    """A function that runs a model once on noise, and the seconds of audio that it hears."""
+    if engine == "openvino":
+        return _openvino(file, seconds, threads)
+    session, feed = _session(file, seconds, threads)
+    return functools.partial(_run, session, feed, file), next(iter(feed.values())).shape[-1] / SAMPLING_RATE
+
+
+def _session(file: str | Path | bytes, seconds: float, threads: int):
+    """A session and what it is fed."""
     from w2s_jax.runtime.predictor import open_session
 
     session, path = open_session(file, threads)
-    inputs = session.get_inputs()
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) not in (1, 2, 3):
-        found = ", ".join(f"{end.name} {end.type} {end.shape}" for end in inputs)
+    return session, _noise(path, [(end.name, end.type, end.shape) for end in session.get_inputs()], seconds)
+
+
+def _noise(path: str, inputs: Sequence[tuple], seconds: float) -> dict[str, np.ndarray]:
+    """What a model is fed, where its inputs (name, type, shape) are one waveform."""
+    if len(inputs) != 1 or inputs[0][1] != "tensor(float)" or len(inputs[0][2]) not in (1, 2, 3):
+        found = ", ".join(f"{name} {kind} {shape}" for name, kind, shape in inputs)
         raise UsageError(f"{path}: expected one float input, the waveform [time], [1, time] or [1, 1, time]; got {found}")
-    *others, length = (size if isinstance(size, int) else None for size in inputs[0].shape)
+    ((name, _, sizes),) = inputs
+    *others, length = (size if isinstance(size, int) else None for size in sizes)
     shape = [size or 1 for size in others] + [length or round(seconds * SAMPLING_RATE)]
-    return session, {inputs[0].name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    return {name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
 
 
 def _run(session, feed: dict, file, names: list[str] | None = None) -> list:
@@ -479,19 +668,60 @@ def _run(session, feed: dict, file, names: list[str] | None = None) -> list:
         raise W2SError(f"{file} failed: {str(error).splitlines()[0]}") from error
 
 
-def _peak(file: str | Path | None, seconds: float, threads: int) -> int | None:
+def _openvino(file: str | Path | bytes, seconds: float, threads: int) -> tuple[Callable[[], object], float]:
+    """As ``_ready``, in OpenVINO.
+
+    Raises:
+        UsageError: no such file, or another kind of network.
+        _NotForOpenVINO: it cannot run the file; says why.
+    """
+    import openvino
+
+    if not isinstance(file, bytes):
+        if not Path(file).is_file():
+            raise UsageError(f"no model at {file}: no such file")
+        if Path(file).suffix == ".tflite":
+            raise _NotForOpenVINO("it is made for LiteRT")
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 where the CPU has it, float16 on ARM
+        "ENABLE_CPU_PINNING": False,  # of two processes on one core, the pinned one cannot move away
+    }
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(file if isinstance(file, bytes) else str(file)), "CPU", settings)
+        inputs = []
+        for end in compiled.inputs:
+            kind = "tensor(float)" if end.element_type == openvino.Type.f32 else str(end.element_type)
+            sizes = [None if size.is_dynamic else size.get_length() for size in end.partial_shape]
+            inputs.append((end.any_name, kind, sizes))
+        feed = _noise(str(file), inputs, seconds)
+        request = compiled.create_infer_request()
+        run = functools.partial(request.infer, feed, share_inputs=True)
+        run()
+    except RuntimeError as error:
+        lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if "operations:" in line), lines[-1])
+        note = " (operators that only onnxruntime has)" if "com.microsoft" in reason else ""
+        raise _NotForOpenVINO(reason + note) from error
+    (wave,) = feed.values()
+    return run, wave.shape[-1] / SAMPLING_RATE
+
+
+def _peak(file: str | Path | None, seconds: float, threads: int, engine: str) -> int | None:
     """Peak memory in bytes of a fresh process that loads a model (None: an empty one) and runs it once."""
     call = "from w2s_jax.bench import _child; import sys; _child(*sys.argv[1:])"
-    command = [sys.executable, "-c", call, str(file or ""), str(seconds), str(threads)]
+    command = [sys.executable, "-c", call, str(file or ""), str(seconds), str(threads), engine]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise W2SError(f"measuring the memory of {file or 'an empty process'} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout)
 
 
-def _child(file: str, seconds: str, threads: str) -> None:
-    session, feed = _ready(file or EMPTY, float(seconds), int(threads))
-    session.run(None, feed)
+def _child(file: str, seconds: str, threads: str, engine: str) -> None:
+    run, _ = _ready(file or EMPTY, float(seconds), int(threads), engine)
+    run()
     print(json.dumps(_own_peak()))
 
 

@@ -712,7 +712,18 @@ def bench(
         list[str] | None, typer.Argument(metavar="[STUDENT...]", help="Made with random weights; default: all, if no --model.")
     ] = None,
     models: Annotated[
-        list[Path] | None, typer.Option("--model", metavar="FILE", help="A model directory or any .onnx file; repeatable.")
+        list[Path] | None,
+        typer.Option("--model", metavar="FILE", help="A model directory (all its kinds) or any .onnx file; repeatable."),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A yardstick: every row gets the ratio of its time to that of this .onnx file."),
+    ] = None,
+    engines: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine", metavar="ENGINE", help="onnxruntime or openvino; repeatable; default: both, if OpenVINO is installed."
+        ),
     ] = None,
     into: Annotated[
         Path, typer.Option("--out", help="For bench.csv, bench.json, bench.md, bench.png and the students.")
@@ -722,13 +733,14 @@ def bench(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of the audio.")] = 5.0,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each file; they take turns.")] = 30,
-    threads: Annotated[int, typer.Option(min=1, help="Of onnxruntime.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Measure models on this machine: parameters, MACs, size, peak memory, time for 5 s; beside what the paper says.
 
     Peak memory is that of a fresh process above one that runs an empty model. Students need the extra "export"; --model alone
-    needs nothing but the base install, where MACs stay uncounted.
+    needs nothing but the base install, where MACs stay uncounted. OpenVINO (extra "openvino") computes in float32, which is not
+    its default on every CPU, and leaves out files with operators that only onnxruntime has.
     """
     from w2s_jax import bench as work
 
@@ -749,18 +761,29 @@ def bench(
             seconds=seconds,
             runs=runs,
             threads=threads,
+            against=against,
+            engines=engines,
             say=lambda line: err.print(line),
             progress=report,
         )
-    out.print(f"{seconds:g} s of audio, {threads} thread{'s' * (threads > 1)}; {work.machine()}")
+    used = work.machine({row["engine"] for row in table})
+    out.print(f"{seconds:g} s of audio, {threads} thread{'s' * (threads > 1)}; {used}")
     grid = Table()
-    narrow = out.is_terminal and out.width < 120  # bench.md has what the paper says
-    for at, heading in enumerate(work.headings()[: 9 if narrow else None]):
-        grid.add_column(heading, justify="right" if 2 <= at <= 8 else "left", no_wrap=True)
+    headings = work.headings(table[0])
+    width = out.width if out.is_terminal else 180  # a file or a pipe has no width of its own
+    # bench.md has all of them
+    left_out = ["paper says"] * (width < 150) + ["parameters", "p95", "RTF"] * (width < 110)
+    kept = [at for at, heading in enumerate(headings) if heading not in left_out]
+    for at in kept:
+        words = headings[at] in ("model", "kind", "engine", "paper says")
+        grid.add_column(headings[at], justify="left" if words else "right", no_wrap=True)
     for row in table:
-        grid.add_row(*work.shown(row)[: len(grid.columns)])
-    (out if out.is_terminal else Console(width=160)).print(grid)  # a file or a pipe has no width of its own
+        cells = work.shown(row)
+        grid.add_row(*(cells[at] for at in kept))
+    (out if out.is_terminal else Console(width=width)).print(grid)
     out.print("students have random weights; RTF is time divided by the length of the audio")
+    if against:
+        out.print(f"ratio: time divided by that of {against} in onnxruntime, the median of pairs")
     out.print(f"files: {', '.join(str(path) for path in sorted(into.glob('bench.*')))}")
     finish({"out": str(into), "rows": table}, as_json)
 
