@@ -229,6 +229,15 @@ def test_engines_and_a_yardstick_take_turns(toy, own, tmp_path, monkeypatch):
     assert said == [f"{own}: not measured in OpenVINO: no such operators"]
 
 
+def test_a_tflite_file_runs_in_its_own_engine(tmp_path, monkeypatch):
+    file = tmp_path / "model.tflite"
+    file.write_bytes(b"1234")
+    monkeypatch.setattr(bench, "_ready", Clock({(file, "onnxruntime"): [0] * 3}).ready)
+    monkeypatch.setattr(bench, "_has_openvino", lambda: True)
+    row = bench.measure({"lite": file}, runs=2, engines=bench.ENGINES)["lite"]
+    assert (row["engine"], row["bytes"], row["peak_memory"]) == ("litert", 4, None)
+
+
 def test_a_yardstick_that_is_measured_anyway(toy, own):
     figures = bench.measure({"toy": toy, "own": own}, 0.2, 3, memory=False, against=str(toy))
     assert list(figures) == ["toy", "own"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import csv
 import functools
-import importlib.metadata
+import importlib
 import importlib.util
 import io
 import json
@@ -169,9 +169,9 @@ def measure(
     Returns:
         label in onnxruntime, "label openvino" in OpenVINO → ``engine``; ``bytes``; ``milliseconds`` (median) and
         ``p95_milliseconds``; ``real_time_factor`` (time / length of the audio); ``peak_memory`` in bytes above that of a
-        process of the same engine that runs an empty model (of onnxruntime for LiteRT, whose own library is in the figure;
-        None where it cannot be known); with a yardstick, ``ratio``: the median over the rounds of (time / time of the
-        yardstick in the same round).
+        process of the same engine that runs an empty model (None where it cannot be known: on Windows, and in LiteRT, of
+        which no empty model is at hand to subtract its interpreter, be it small or all of TensorFlow); with a yardstick,
+        ``ratio``: the median over the rounds of (time / time of the yardstick in the same round).
 
     Raises:
         UsageError: no such file or engine, an engine that is not installed, another kind of network, or nothing that can run.
@@ -192,7 +192,8 @@ def measure(
             (say or (lambda line: None))(f"{file}: not measured in OpenVINO: {error}")
     if not ready:
         raise UsageError(f"nothing to measure: none of {len(files)} files runs in {' or '.join(engines)}")
-    total, done = len(ready) * (runs + (PROCESSES if memory else 0)), 0
+    weighed = [label for label in ready if memory and _runtime(*asked[label]) != "litert"]
+    total, done = len(ready) * runs + len(weighed) * PROCESSES, 0
 
     def step() -> None:
         nonlocal done
@@ -205,7 +206,7 @@ def measure(
         return statistics.median(_peak(None, seconds, threads, engine) or 0 for _ in range(PROCESSES))
 
     peaks = dict.fromkeys(ready)
-    for label in ready if memory else ():
+    for label in weighed:
         file, engine = asked[label]
         found = []
         for _ in range(PROCESSES):
@@ -528,7 +529,9 @@ def machine(engines: Iterable[str] = ("onnxruntime",)) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         name = next((line.partition(":")[2].strip() for line in cpuinfo.open() if line.startswith("model name")), name)
-    versions = [f"{engine} {importlib.metadata.version(engine)}" for engine in ENGINES if engine in engines]
+    used = [engine for engine in ENGINES if engine in engines]
+    # "2026.4.1-22982-…": the rest is OpenVINO's build
+    versions = [f"{engine} {importlib.import_module(engine).__version__.split('-')[0]}" for engine in used]
     return ", ".join([name, platform.system(), *versions, f"Python {platform.python_version()}"])
 
 
@@ -624,7 +627,7 @@ def picture(table: Sequence[Mapping], seconds: float, path: str | Path) -> None:
     axis.set_ylim(max(-1, min(row["ccc"] for row in known) - 0.15), min(1, max(row["ccc"] for row in known) + 0.1))
     axis.grid(alpha=0.3)
     axis.set_title(
-        "not comparable: CCC of the paper (valence, MSP-Podcast v1.7 Test1), with the own teacher (mean, validation views)",
+        "not comparable: CCC of the paper (valence, MSP-Podcast Test1), with the own teacher (mean, validation)",
         fontsize=8,
     )
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
