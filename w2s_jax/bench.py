@@ -421,7 +421,7 @@ def bench(
             except UsageError as error:
                 if not path.is_dir():
                     raise
-                say(f"left out: {error}")
+                say(f"left out: {error}" if str(file) in str(error) else f"left out: {file}: {error}")
             else:
                 files[str(file)] = file
     for name in dict.fromkeys(students):
