@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from w2s_jax import SAMPLING_RATE, __version__
-from w2s_jax.artifacts import UsageError, W2SError, missing_extra, write_atomic, write_json
+from w2s_jax.artifacts import FILES, UsageError, W2SError, missing_extra, write_atomic, write_json
 
 #: arXiv 2408.13920: 5 s of audio, ONNX, one Xeon; CCC on MSP-Podcast v1.7 Test1. Only what is public.
 PUBLISHED: dict[str, dict] = {
@@ -43,6 +43,7 @@ COLUMNS = (
     "real_time_factor", "ratio", "ccc", "ccc_of", "published_parameters", "published_macs", "published_bytes",
     "published_peak_memory", "published_milliseconds", "published_ccc",
 )  # fmt: skip
+#: Kinds of students that ``bench`` makes.
 KINDS = ("fp32", "int8")
 #: What can be asked for. Where that is onnxruntime, a .tflite file runs in LiteRT, as ``Predictor`` does it.
 ENGINES = ("onnxruntime", "openvino")
@@ -64,24 +65,22 @@ def make(
     Args:
         name, fields: as ``models.build`` takes them.
         directory: where the files go.
-        kinds: of ``KINDS``. int8 is calibrated on noise: right in size and time, not in its values.
+        kinds: of ``artifacts.FILES``. Eight-bit ones are calibrated on noise: right in size and time, not in their
+            values.
 
     Returns:
         kind → file.
 
     Raises:
-        UsageError: no such student, field or kind, or an environment that cannot export.
+        UsageError: no such student, field or kind, a kind that the student cannot have, or an environment that cannot export.
     """
     from w2s_jax import models
     from w2s_jax.export import onnx as graph
-    from w2s_jax.export import package, quantize
-    from w2s_jax.export.deploy import deploy
+    from w2s_jax.export import package
 
-    if unknown := sorted(set(kinds) - set(KINDS)):
-        raise UsageError(f"unknown kind {', '.join(unknown)}; there are: {', '.join(KINDS)}")
+    if unknown := sorted(set(kinds) - set(FILES)):
+        raise UsageError(f"unknown kind {', '.join(unknown)}; there are: {', '.join(FILES)}")
     graph.require_tools()
-    import onnx
-
     student = models.build(name, **(fields or {}))
     variables = _random_variables(student)
     generator = np.random.default_rng(0)
@@ -94,21 +93,12 @@ def make(
         "minimum_samples": str(student.minimum_samples),
         "weights": "random",
     }
-    files, built = {}, {}
+    fp32, _ = package.fp32_graph(student, variables, noise[:1])
+    files = {}
     for kind in kinds:
-        block = package.INT8_BLOCK if kind == "int8" else 1
-        forward, weights = deploy(student, variables, block)
-        shapes = [np.shape(weight) for weight in weights]
-        key = str(shapes)  # most students have no other form for int8
-        if key not in built:
-            model = graph.convert(forward, weights, student.dimensions, student.minimum_samples)
-            built[key] = graph.simplify(model, noise[:1])[0]
-        model = built[key]
-        if kind == "int8":
-            model, _ = quantize.quantize(model, noise, coverages=(1.0,))
-        onnx.helper.set_model_props(model, {**facts, "kind": kind})
-        files[kind] = Path(directory) / f"{name}.{kind}.onnx"
-        write_atomic(files[kind], lambda temporary, model=model: onnx.save(model, temporary))
+        content, _ = package.build(kind, student, variables, fp32, facts, noise, coverages=(1.0,))
+        files[kind] = Path(directory) / f"{name}.{kind}{Path(FILES[kind]).suffix}"
+        write_atomic(files[kind], lambda temporary, content=content: Path(temporary).write_bytes(content))
     return files
 
 
@@ -389,7 +379,7 @@ def bench(
 
     Args:
         students: names, made with random weights.
-        models: model directories (all their files of ``predictor.FILES`` and other ONNX files; what has other inputs than one
+        models: model directories (all their files of ``artifacts.FILES`` and other ONNX files; what has other inputs than one
             waveform is left out, with a line) or files.
         out: where the files go; students' ONNX files go to ``models`` in it.
         kinds: of the students.
@@ -446,11 +436,8 @@ def bench(
             table.append(row)
             together.setdefault((file.parent, row["model"], row["engine"]), {})[row["kind"]] = row["milliseconds"]
     for (_, model, engine), times in together.items():
-        slower = [
-            f"{times[kind]:.2f} ms of {kind}" for kind in INTEGER_KINDS if times.get(kind, 0) > times.get("fp32", math.inf)
-        ]
-        if slower:
-            say(f"{model}, {engine}: fp32 is faster here: {times['fp32']:.2f} ms against {', '.join(slower)}")
+        if line := slower(times):
+            say(f"{model}, {engine}: {line}")
     about = {"seconds": seconds, "runs": runs, "threads": threads, "machine": machine({row["engine"] for row in table})}
     about |= {"against": str(against)} if against is not None else {}
     write_json(out / "bench.json", {**about, "rows": table})
@@ -472,10 +459,14 @@ def bench(
     return table
 
 
-def _found(directory: Path) -> list[Path]:
-    """The models in a directory: those of ``predictor.FILES`` in its order, then other ONNX files."""
-    from w2s_jax.runtime.predictor import FILES
+def slower(times: Mapping[str, float]) -> str | None:
+    """What is to be said where eight bits do not pay: kind → milliseconds; None where they do."""
+    found = [f"{times[kind]:.2f} ms of {kind}" for kind in INTEGER_KINDS if times.get(kind, 0) > times.get("fp32", math.inf)]
+    return f"fp32 is faster here: {times['fp32']:.2f} ms against {', '.join(found)}" if found else None
 
+
+def _found(directory: Path) -> list[Path]:
+    """The models in a directory: those of ``artifacts.FILES`` in its order, then other ONNX files."""
     own = [directory / name for name in FILES.values() if (directory / name).is_file()]
     return own + sorted(set(directory.glob("*.onnx")) - set(own), key=lambda file: (len(file.name), file.name))  # fp32 first
 
@@ -507,8 +498,6 @@ def _published(name: str) -> dict:
 
 def _described(file: Path) -> dict:
     """What a file and its directory say of themselves."""
-    from w2s_jax.runtime.predictor import FILES
-
     about = _session(file, 1.0, 1)[0].get_modelmeta().custom_metadata_map
     kinds = {name: kind for kind, name in FILES.items()}
     row = {"model": file.absolute().parent.name if file.name in kinds else file.name}

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from w2s_jax import SAMPLING_RATE, __version__
-from w2s_jax.artifacts import UsageError, W2SError, missing_extra
+from w2s_jax.artifacts import FILES, UsageError, W2SError, missing_extra
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -105,9 +105,13 @@ class Placement(StrEnum):
     host = "host"
 
 
-class Kind(StrEnum):
-    fp32 = "fp32"
-    int8 = "int8"
+Kind = StrEnum("Kind", {kind: kind for kind in FILES})
+Kinds = StrEnum("Kinds", {kind: kind for kind in (*FILES, "all")})
+
+
+class Bits(StrEnum):
+    seven = "7"
+    eight = "8"
 
 
 # options of every command that loads a teacher
@@ -670,22 +674,67 @@ class _Rows:
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run or student directory.")],
     into: Annotated[Path, typer.Option("--out", help="The model directory to write.")],
+    kinds: Annotated[
+        list[Kinds] | None,
+        typer.Option("--kind", help="What to write; repeatable.", show_default="fp32, and int8 with --calibration"),
+    ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="BANK", help="Audio for int8: training clips set its ranges, validation clips judge it."),
+        typer.Option(
+            metavar="BANK",
+            help="Audio for kinds that round: training clips set the ranges, validation clips judge what comes out.",
+        ),
     ] = None,
     min_ccc: Annotated[
-        float, typer.Option("--min-ccc", help="Least CCC of int8 with fp32 in every dimension; below it nothing is written.")
-    ] = 0.95,
+        float,
+        typer.Option("--min-ccc", help="Least CCC with fp32, in every dimension, of a kind that rounds."),
+    ] = 0.99,
+    weight_bits: Annotated[
+        Bits, typer.Option(help="Of eight-bit kinds' weights; 7 for x86 CPUs without VNNI, where sums of 8 could overflow.")
+    ] = Bits.eight,
+    measured: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure time and memory on this machine for the report.")
+    ] = True,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Another ONNX file of one waveform, measured beside; the report has ratios to it."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Export a student: model.onnx, model.int8.onnx (with --calibration), model.yaml for audonnx, a card, export.json.
+    """Export a student: one file of each kind, model.yaml for audonnx, a card, export.json with proofs and figures.
 
-    The ONNX files are compared with Flax on lengths from 64 samples to 60 s; if they differ, nothing is written.
+    \b
+    fp32       the student as it is; always written
+    fp16w      weights of 16 bits, computes in float32
+    int8w      weights of 8 bits, computes in float32: small and portable
+    int8       computes in 8 bits; Wav2Smalls with onnxruntime's own operators: small and fastest there
+    qdq        computes in 8 bits with standard operators: for OpenVINO and others
+    int8-int4  int8 with the pooling's weights in 4 bits: smallest; Wav2Small only
+    litert     fp32 as TensorFlow Lite file; litert-int8 with weights of 8 bits
+    chunked    fp32 for recordings of any length, piece by piece; Wav2Smalls only
+    all        all that this student can have
+
+    fp32, litert and chunked are compared with Flax on lengths from 64 samples to 60 s, the others with fp32 on validation
+    audio. If one is not good enough, nothing is written.
     """
     if not run.is_dir():
         raise UsageError(f"no run at {run}: no such directory")
     package = heavy("export", "export")
+    from w2s_jax import bench as measuring
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def figures(files: dict[str, Path]) -> dict[str, dict]:
+        whole = {kind: file for kind, file in files.items() if kind != "chunked"}  # it has more inputs than a waveform
+        say(f"measuring {len(whole)} files")
+        found = measuring.measure(whole, 5.0, 20, 1, against=against)
+        if line := measuring.slower({kind: found[kind]["milliseconds"] for kind in whole}):
+            say(line)
+        keys = ("milliseconds", "peak_memory", *(["ratio"] if against else []))
+        about = {"seconds": 5.0, "machine": measuring.machine()} | ({"against": against.name} if against else {})
+        return {kind: {key: found[kind][key] for key in keys} | about for kind in whole}
+
     waves = checks = None
     if calibration is not None:
         bank = heavy("bank", "train").Bank(calibration)
@@ -695,14 +744,28 @@ def export(
         into,
         calibration=waves,
         check=checks,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
-        min_int8_ccc=min_ccc,
+        progress=say,
+        min_ccc=min_ccc,
+        kinds=[kind.value for kind in kinds] if kinds else None,
+        weight_bits=int(weight_bits.value),
+        measure=figures if measured or against else None,
     )
-    for name, size in result["files"].items():
-        out.print(f"{into / name}: {size / 1000:.1f} kB")
-    if "ccc" in result["int8"]:
-        scores = ", ".join(f"{name} {score:.4f}" for name, score in result["int8"]["ccc"].items())
-        out.print(f"int8 against fp32 on {result['int8']['views']} clips, CCC: {scores}")
+    table = Table()
+    for at, heading in enumerate(("kind", "file", "kB", "CCC with fp32", "ms for 5 s", "ratio", "peak MB")):
+        table.add_column(heading, justify="right" if at > 1 else "left", no_wrap=True)
+    for kind, row in result["kinds"].items():
+        memory = row.get("peak_memory")
+        table.add_row(
+            kind,
+            row["file"],
+            f"{row['bytes'] / 1000:.1f}",
+            f"{min(row['ccc'].values()):.4f}" if "ccc" in row else "–",
+            f"{row['milliseconds']:.2f}" if "milliseconds" in row else "–",
+            f"{row['ratio']:.2f}" if "ratio" in row else "–",
+            f"{memory / 1e6:.1f}" if memory is not None else "–",
+        )
+    (out if out.is_terminal else Console(width=120)).print(table)
+    out.print(f"model directory: {into}")
     finish({"model": str(into), **result}, as_json)
 
 

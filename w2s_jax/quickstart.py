@@ -85,7 +85,7 @@ def run(workdir: Path, out: Console | None = None, shown: Callable | None = None
     wave, name = _held_out(bank)
     _draw(picture, wave, name, Predictor(workdir / "model"), teacher)
 
-    int8 = exported["int8"]["ccc"]
+    int8 = exported["kinds"]["int8"]["ccc"]
     table = Table(title="Wav2Small and its teacher on held-out voices", title_justify="left")
     for column in ("dimension", "CCC", "95 % interval", "int8 against fp32"):
         table.add_column(column, justify="left" if column == "dimension" else "right")

@@ -69,15 +69,8 @@ def _wav2small(student: Wav2Small, variables: dict, block: int, weights: Weights
     trunk = _trunk(student, variables, block, weights)
     mix, adv = params["mix"], params["adv"]
     if student.pooling == "attention":
-        lin, sof = params["pool"]["lin"], params["pool"]["sof"]
-        mels = lin["kernel"].shape[0] // student.channels
-        # tokens are ordered (channel, mel): the 1×1 convolution acts on them as this matrix, and folds into both dense layers
-        spread = np.kron(mix["kernel"][0, 0], np.eye(mels))
-        bias = np.repeat(mix["bias"], mels) @ lin["kernel"] + lin["bias"]
-        pool = _attention(
-            {"lin": {"kernel": spread @ lin["kernel"], "bias": bias}, "sof": {"kernel": spread @ sof["kernel"]}}, adv, weights
-        )
-        return lambda w, wave: pool(w, _tokens(trunk(w, wave)))
+        parts, finish = _softmax_pooling(student, variables, weights)
+        return lambda w, wave: finish(w, _softmax_mean(*parts(w, trunk(w, wave))))
 
     mixed = _pointwise(mix["kernel"][0, 0], mix["bias"], weights)
     output = _dense(adv, weights)
@@ -94,19 +87,59 @@ def _wav2small(student: Wav2Small, variables: dict, block: int, weights: Weights
 
 
 def _wav2small_17k(student: Wav2Small17K, variables: dict, block: int, weights: Weights) -> Forward:
-    params = _float64(variables["params"])
     trunk = _trunk(student, variables, block, weights)
+    parts, finish = _softmax_pooling(student, variables, weights)
+    return lambda w, wave: finish(w, _softmax_mean(*parts(w, trunk(w, wave))))
+
+
+def _softmax_pooling(student: Wav2Small | Wav2Small17K, variables: dict, weights: Weights) -> tuple[Callable, Forward]:
+    """The two halves of a pooling by softmax over time.
+
+    Returns:
+        (weights, trunk's image) → values and scores, each [1, features, 1, time]; and (weights, pooled [1, features]) → logits.
+    """
+    params = _float64(variables["params"])
+    adv = params["adv"]
+    if isinstance(student, Wav2Small):
+        pool = attention(student, variables)
+        value, score = (_pointwise(pool[part]["kernel"], None, weights) for part in ("lin", "sof"))
+        return lambda w, x: (value(w, _tokens(x)), score(w, _tokens(x))), _attention_output(pool, adv, weights)
     lin, sof = params["pool"]["lin"], params["pool"]["sof"]
     value, score = (_pointwise(part["kernel"], None, weights) for part in (lin, sof))
-    bias, output = weights.keep(lin["bias"][:, None]), _dense(params["adv"], weights)
+    bias, output = weights.keep(lin["bias"][:, None]), _dense(adv, weights)
 
-    def forward(w: Sequence[Array], wave: Array) -> Array:
-        image = trunk(w, wave)
-        values, scores = _tokens(value(w, image)), _tokens(score(w, image))
-        x = _softmax_mean(values, scores).reshape(student.channels, -1) + w[bias]  # not foldable: the products are quadratic
+    def finish(w: Sequence[Array], x: Array) -> Array:
+        x = x.reshape(student.channels, -1) + w[bias]  # not foldable: the products are quadratic
         return output(w, jnp.concatenate([x, x @ x.T], axis=1).reshape(1, -1))
 
-    return forward
+    return lambda w, x: (_tokens(value(w, x)), _tokens(score(w, x))), finish
+
+
+def in_chunks(student: nn.Module, variables: dict, block: int = 1) -> tuple[Callable, list, dict[str, int]]:
+    """A student up to its softmax over time, for a piece of a recording.
+
+    Args:
+        student: a Wav2Small or Wav2Small17K that pools by attention.
+        variables, block: as for ``deploy``.
+
+    Returns:
+        A pure function ``(weights, signal)`` → ``{"value": [features, tokens], "score": [features, tokens]}``, signal float32
+        [1, T] normalised over the whole recording; its weights; and how to cut pieces, in frames. A token is ``stride`` frames
+        long. Pieces begin at multiples of it, ``halo`` frames (a multiple too) before the first token that counts, and end as
+        much behind the last one, except where the recording begins and ends.
+    """
+    weights = Weights()
+    trunk = _trunk(student, variables, block, weights, normalised=True)
+    parts, _ = _softmax_pooling(student, variables, weights)
+
+    def forward(w: Sequence[Array], signal: Array) -> dict[str, Array]:
+        value, score = parts(w, trunk(w, signal))
+        return {"value": value.reshape(value.shape[1], -1), "score": score.reshape(score.shape[1], -1)}
+
+    reach = student.kernel // 2
+    stride = 2 * student.stride
+    halo = student.stride * (2 * student.after * reach + 1 + (student.before - 1) * reach) + reach
+    return forward, list(weights), {"stride": stride, "halo": halo + -halo % stride}
 
 
 def _mobilenet(student: MobileNetStudent, variables: dict, weights: Weights) -> Forward:
@@ -198,22 +231,47 @@ def _cnn14(student: CNN14, variables: dict, weights: Weights) -> Forward:
     return forward
 
 
-def _trunk(student: Wav2Small | Wav2Small17K, variables: dict, block: int, weights: Weights) -> Forward:
+def attention(student: Wav2Small, variables: dict) -> dict:
+    """The attention pooling of a Wav2Small with the 1×1 convolution before it folded in, as ``AttentionPooling``'s parameters.
+
+    ``lin`` and ``sof`` are on tokens of the trunk, ordered (channel, mel). ``sof`` has no bias: it would change nothing.
+    """
+    params = _float64(variables["params"])
+    mix, lin, sof = params["mix"], params["pool"]["lin"], params["pool"]["sof"]
+    mels = lin["kernel"].shape[0] // student.channels
+    spread = np.kron(mix["kernel"][0, 0], np.eye(mels))
+    bias = np.repeat(mix["bias"], mels) @ lin["kernel"] + lin["bias"]
+    return {"lin": {"kernel": spread @ lin["kernel"], "bias": bias}, "sof": {"kernel": spread @ sof["kernel"]}}
+
+
+def trunk_layers(student: Wav2Small | Wav2Small17K, variables: dict) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Kernel [out, in, mel, time] and bias [out] of each convolution of the trunk, float64.
+
+    BatchNorm is folded in; the first one expects natural logarithms.
+    """
+    params, stats = variables["params"]["vgg7"], variables["batch_stats"]["vgg7"]
+    names = [f"l{layer}" for layer in range(1, student.before + student.after + 1)]
+    return [
+        _folded(_float64(params[name]), _float64(stats[name]), DECIBEL if name == "l1" else 1) for name in names
+    ]  # fmt: skip
+
+
+def _trunk(
+    student: Wav2Small | Wav2Small17K, variables: dict, block: int, weights: Weights, normalised: bool = False
+) -> Forward:
     """Waveform [1, T] → the last ReLU image [1, channels, mel, time], as both students share it."""
-    params, stats = _float64(variables["params"]["vgg7"]), _float64(variables["batch_stats"]["vgg7"])
-    image = _log_mel(student, variables, weights)
+    image = _log_mel(student, variables, weights, normalised)
     depth = student.before + student.after
     layers = [
-        _layer(
-            params[f"l{layer}"],
-            stats[f"l{layer}"],
+        _convolution(
+            kernel,
+            bias,
             Conv(student.kernel, student.stride if layer == 1 else 1, 0, relu),
             weights,
-            scale=DECIBEL if layer == 1 else 1,
             inputs=1 if layer == 1 else block,
             outputs=1 if layer == depth else block,
         )
-        for layer in range(1, depth + 1)
+        for layer, (kernel, bias) in enumerate(trunk_layers(student, variables), start=1)
     ]
 
     def forward(w: Sequence[Array], wave: Array) -> Array:
@@ -227,33 +285,47 @@ def _trunk(student: Wav2Small | Wav2Small17K, variables: dict, block: int, weigh
     return forward
 
 
-def _log_mel(student: nn.Module, variables: dict, weights: Weights) -> Forward:
-    """Waveform [1, T] → natural logarithm of the mel power, [1, 1, mel, time]; the next layer has to turn it into dB.
-
-    Rows along time from here on: long rows suit every kernel, and no layout ever changes between the operators.
-    """
+def front_end(variables: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Fourier kernels [rows, n_fft] and the mel matrix [rows, mel] that turns their squared outputs into mel power, float64."""
     frontend = _float64(variables["frontend"]["logmel"])
     fourier = np.concatenate([frontend["real"], frontend["imag"]], axis=1)
     mel = np.concatenate([frontend["mel"], frontend["mel"]])  # the matrix product also adds re² and im²
     heard = np.abs(fourier).max(axis=0) > 1e-9  # the sine rows of the first and last bin are zero
-    fourier, mel = weights.keep(fourier.T[heard][:, None, None, :]), _pointwise(mel[heard], None, weights)
+    return fourier.T[heard], mel[heard]
+
+
+def _log_mel(student: nn.Module, variables: dict, weights: Weights, normalised: bool = False) -> Forward:
+    """Waveform [1, T] → natural logarithm of the mel power, [1, 1, mel, time]; the next layer has to turn it into dB.
+
+    Rows along time from here on: long rows suit every kernel, and no layout ever changes between the operators.
+    """
+    fourier, mel = front_end(variables)
+    fourier, mel = weights.keep(fourier[:, None, None, :]), _pointwise(mel, None, weights)
 
     def forward(w: Sequence[Array], wave: Array) -> Array:
-        spectrum = _convolve(normalise(wave).reshape(1, 1, 1, -1), w[fourier], stride=(1, student.hop))
+        wave = wave if normalised else normalise(wave)
+        spectrum = _convolve(wave.reshape(1, 1, 1, -1), w[fourier], stride=(1, student.hop))
         return jnp.log(jnp.maximum(mel(w, spectrum * spectrum), MEL_FLOOR)).reshape(1, 1, student.n_mels, -1)
 
     return forward
 
 
-def _layer(params: dict, stats: dict, row: Conv, weights: Weights, scale: float = 1, inputs: int = 1, outputs: int = 1):
-    """Convolution, BatchNorm and activation, the BatchNorm folded.
-
-    ``scale`` is that of the input; input and output channels are filled with zeros up to multiples of ``inputs``, ``outputs``.
-    """
+def _folded(params: dict, stats: dict, scale: float = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel [out, in, mel, time] and bias [out] of a convolution and its BatchNorm; ``scale`` is that of the input."""
     factor = params["norm"]["scale"] / np.sqrt(stats["norm"]["var"] + 1e-5)  # epsilon of models.norm.BatchNorm and nn.BatchNorm
-    bias = params["norm"]["bias"] - stats["norm"]["mean"] * factor
     kernel = params["conv"]["kernel"].transpose(3, 2, 1, 0)  # [time, mel, in, out] → [out, in, mel, time]
-    kernel = kernel * (scale * factor)[:, None, None, None]
+    return kernel * (scale * factor)[:, None, None, None], params["norm"]["bias"] - stats["norm"]["mean"] * factor
+
+
+def _layer(params: dict, stats: dict, row: Conv, weights: Weights, scale: float = 1) -> Forward:
+    """Convolution, BatchNorm and activation, the BatchNorm folded; ``scale`` is that of the input."""
+    return _convolution(*_folded(params, stats, scale), row, weights)
+
+
+def _convolution(
+    kernel: np.ndarray, bias: np.ndarray, row: Conv, weights: Weights, inputs: int = 1, outputs: int = 1
+) -> Forward:  # fmt: skip
+    """Convolution and activation; zeros fill input and output channels up to multiples of ``inputs`` and ``outputs``."""
     more = -len(kernel) % outputs
     kernel = np.pad(kernel, ((0, more), (0, -kernel.shape[1] % inputs), (0, 0), (0, 0)))
     kernel, bias = weights.keep(kernel), weights.keep(np.pad(bias, (0, more))[:, None, None])
@@ -269,9 +341,13 @@ def _layer(params: dict, stats: dict, row: Conv, weights: Weights, scale: float 
 def _attention(pool: dict, adv: dict, weights: Weights) -> Forward:
     """Attention pooling of tokens [1, C, 1, places], and the output layer → [1, dimensions]."""
     value, score = (_pointwise(pool[part]["kernel"], None, weights) for part in ("lin", "sof"))
-    # a bias in front of a softmax changes nothing; weights that sum to one pass a bias through to the output layer
-    output = _dense({"kernel": adv["kernel"], "bias": pool["lin"]["bias"] @ adv["kernel"] + adv["bias"]}, weights)
+    output = _attention_output(pool, adv, weights)
     return lambda w, tokens: output(w, _softmax_mean(value(w, tokens), score(w, tokens)))
+
+
+def _attention_output(pool: dict, adv: dict, weights: Weights) -> Forward:
+    # weights that sum to one pass a bias through to the output layer
+    return _dense({"kernel": adv["kernel"], "bias": pool["lin"]["bias"] @ adv["kernel"] + adv["bias"]}, weights)
 
 
 def _softmax_mean(value: Array, score: Array) -> Array:

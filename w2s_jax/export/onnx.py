@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -47,19 +48,20 @@ def require_tools() -> None:
                 raise missing_extra(error.name or package, "export") from error
 
 
-def convert(forward: Callable, weights, outputs: int, minimum_samples: int):
+def convert(forward: Callable, weights, outputs: int | dict[str, tuple], minimum_samples: int):
     """A JAX function as an ONNX model.
 
     Args:
         forward: (weights, float32 [1, T]) → [1, outputs], for every T from ``minimum_samples`` on.
         weights: a tree of arrays.
-        outputs: how many.
+        outputs: how many; or, if ``forward`` gives a dict of arrays, the shape of each.
         minimum_samples: the shortest T.
 
     Returns:
         An ``onnx.ModelProto`` with input ``signal`` [1, time] and output ``logits`` [1, outputs]; only time is dynamic. What
         does not depend on the input is computed already.
     """
+    shapes = outputs if isinstance(outputs, dict) else {LOGITS: (1, outputs)}
     with _quiet():
         import jax
         import onnx
@@ -82,7 +84,12 @@ def convert(forward: Callable, weights, outputs: int, minimum_samples: int):
             tf.TensorSpec([1, None], tf.float32, name=SIGNAL),
             *(tf.TensorSpec(leaf.shape, leaf.dtype, name=name) for name, leaf in zip(names, leaves, strict=True)),
         ]
-        function = tf.function(lambda *inputs: {LOGITS: graph(*inputs)}, input_signature=signature, autograph=False)
+
+        def named(*inputs):
+            result = graph(*inputs)
+            return result if isinstance(outputs, dict) else {LOGITS: result}
+
+        function = tf.function(named, input_signature=signature, autograph=False)
         model, _ = tf2onnx.convert.from_function(function, input_signature=signature, opset=OPSET)
     values = {name: onnx.numpy_helper.from_array(np.asarray(leaf), name) for name, leaf in zip(names, leaves, strict=True)}
     ends = [end for end in model.graph.input if end.name not in values]
@@ -90,10 +97,11 @@ def convert(forward: Callable, weights, outputs: int, minimum_samples: int):
     del model.graph.input[:]
     model.graph.input.extend(ends)
     fold_constants(model)
-    for value, name, shape in ((model.graph.input[0], SIGNAL, (1, "time")), (model.graph.output[0], LOGITS, (1, outputs))):
-        if value.name != name:
-            raise W2SError(f"tf2onnx named a graph end {value.name}, expected {name}")
-        value.CopyFrom(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+    shapes = {SIGNAL: (1, "time"), **shapes}
+    if others := {value.name for value in (*model.graph.input, *model.graph.output)} ^ set(shapes):
+        raise W2SError(f"tf2onnx gave the graph other ends than {', '.join(shapes)}: {', '.join(sorted(others))}")
+    for value in (*model.graph.input, *model.graph.output):
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, shapes[value.name]))
     model.graph.name = "w2s_jax"
     standard = [domain for domain in model.opset_import if domain.domain == ""]
     del model.opset_import[:]  # tf2onnx declares domains of which it used nothing
@@ -101,18 +109,20 @@ def convert(forward: Callable, weights, outputs: int, minimum_samples: int):
     return model
 
 
-def simplify(model, waves: Sequence[np.ndarray]):
+def simplify(model, waves: Sequence[np.ndarray], more: dict[str, np.ndarray] | None = None):
     """Apply every graph pass that leaves the outputs as they are.
 
     Args:
         model: what ``convert`` returned; its shortest input is below 16,003 samples.
         waves: float32 [T] each, on which a pass is judged.
+        more: a value for each other input.
 
     Returns:
         The smaller model, and ``{pass name: largest change of an output with it and those before it}``, one figure for all if
         they are right together. A pass over ``PASS_LIMIT`` is left out of the model and shows in the dict with its change.
     """
-    before = run(model, waves)
+    more = more or {}
+    before = run(model, waves, more)
     largest = max(1.0, float(np.abs(before).max()))
 
     def rewritten(*passes) -> tuple:
@@ -120,11 +130,11 @@ def simplify(model, waves: Sequence[np.ndarray]):
         candidate.CopyFrom(model)
         for rewrite in passes:
             rewrite(candidate)
-        return candidate, float(np.abs(run(candidate, waves) - before).max() / largest)
+        return candidate, float(np.abs(run(candidate, waves, more) - before).max() / largest)
 
     passes = (
-        settle_shapes,
-        drop_identities,
+        _named(settle_shapes, more),
+        _named(drop_identities, more),
         relu_from_max,
         scale_into_conv,
         bias_into_conv,
@@ -144,15 +154,19 @@ def simplify(model, waves: Sequence[np.ndarray]):
     return model, changes
 
 
+def _named(rewrite: Callable, more: dict[str, np.ndarray]) -> Callable:
+    return functools.wraps(rewrite)(lambda model: rewrite(model, more))
+
+
 def session(model):
     """An onnxruntime session (CPU, one thread) for a ModelProto, with the settings of ``Predictor``."""
     return open_session(model.SerializeToString())[0]
 
 
-def run(model, waves: Sequence[np.ndarray]) -> np.ndarray:
-    """Outputs of a model for each wave: list of [T] → [len(waves), outputs]."""
+def run(model, waves: Sequence[np.ndarray], more: dict[str, np.ndarray] | None = None) -> np.ndarray:
+    """Logits of a model for each wave: list of [T] → [len(waves), outputs]; ``more`` are its other inputs."""
     one = session(model)
-    return np.concatenate([one.run([LOGITS], {SIGNAL: wave[None]})[0] for wave in waves])
+    return np.concatenate([one.run([LOGITS], {SIGNAL: wave[None], **(more or {})})[0] for wave in waves])
 
 
 def fold_constants(model) -> None:
@@ -184,9 +198,9 @@ def fold_constants(model) -> None:
     drop_dead(model)
 
 
-def settle_shapes(model) -> None:
+def settle_shapes(model, more: dict[str, np.ndarray]) -> None:
     """Replace computed Reshape targets by constants with one -1, which frees the arithmetic on the length for ``drop_dead``."""
-    values = _trace(model)
+    values = _trace(model, more)
     for node in model.graph.node:
         if node.op_type == "Reshape" and node.input[1] in values:
             first, second = (np.asarray(value) for value in values[node.input[1]])
@@ -194,9 +208,9 @@ def settle_shapes(model) -> None:
                 _set_constant(model, node, 1, np.where(first != second, -1, first))
 
 
-def drop_identities(model) -> None:
+def drop_identities(model, more: dict[str, np.ndarray]) -> None:
     """Bypass nodes that give what they get (broadcasts to the same shape, slices of everything)."""
-    values = _trace(model)
+    values = _trace(model, more)
     outputs = {value.name for value in model.graph.output}
     for node in list(model.graph.node):
         if node.op_type in ("Reshape", "Expand", "Slice", "Squeeze") and node.output[0] not in outputs:
@@ -348,7 +362,9 @@ def drop_dead(model) -> None:
             node.output[position] = short.setdefault(name, f"x{index}")
 
 
-def _trace(model, lengths: tuple[int, int] = (16_003, 29_009)) -> dict[str, list[np.ndarray]]:
+def _trace(
+    model, more: dict[str, np.ndarray], lengths: tuple[int, int] = (16_003, 29_009)
+) -> dict[str, list[np.ndarray]]:  # fmt: skip
     """Every value of the graph for two lengths of noise: a size that differs between them depends on the length."""
     import onnx
 
@@ -360,7 +376,7 @@ def _trace(model, lengths: tuple[int, int] = (16_003, 29_009)) -> dict[str, list
     names += known
     one = session(probe)
     noise = np.random.default_rng(0).normal(size=max(lengths)).astype(np.float32)
-    runs = [dict(zip(names, one.run(names, {SIGNAL: noise[None, :length]}), strict=True)) for length in lengths]
+    runs = [dict(zip(names, one.run(names, {SIGNAL: noise[None, :length], **more}), strict=True)) for length in lengths]
     return {name: [values[name] for values in runs] for name in names} | {SIGNAL: [noise[None, :n] for n in lengths]}
 
 

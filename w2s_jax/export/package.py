@@ -6,29 +6,43 @@ import functools
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, __version__, checkpoint, models
-from w2s_jax.artifacts import UsageError, W2SError, write_atomic
+from w2s_jax.artifacts import FILES, UsageError, W2SError, write_atomic
+from w2s_jax.export import direct, litert
 from w2s_jax.export import onnx as graph
-from w2s_jax.export.deploy import deploy
-from w2s_jax.export.quantize import quantize
+from w2s_jax.export.compact import compact
+from w2s_jax.export.deploy import deploy, in_chunks
+from w2s_jax.export.quantize import COVERAGE, quantize
 from w2s_jax.metrics import ccc
+from w2s_jax.runtime import Predictor
 
-FP32, INT8, REPORT = "model.onnx", "model.int8.onnx", "export.json"
-#: Largest difference between an output of the ONNX file and of the Flax module, as a share of the largest output if that is
+REPORT = "export.json"
+#: What is exported when nothing is said.
+DEFAULT = ("fp32", "int8")
+#: Kinds that compute what the student computes; the others round, and are judged by their CCC with fp32 on real audio.
+EXACT = ("fp32", "litert", "chunked")
+#: Kinds whose numbers need ranges that are measured on real audio.
+RANGED = ("int8", "qdq", "int8-int4")
+#: Largest difference between an output of an exact kind and of the Flax module, as a share of the largest output if that is
 #: above 1: float32 has no more digits.
 PARITY_LIMIT = 1e-4
 #: Lengths in samples on which parity is proven, besides the shortest ones: primes, whole seconds, up to a minute.
 PARITY_LENGTHS = (127, 1021, 8191, 16_000, 31_991, 80_000, 960_000)
 #: Fewer calibration waves than this say nothing about the ranges, or about a CCC.
 LEAST_WAVES = 8
-#: Zeros fill the int8 trunk's channels to this multiple, which onnxruntime's fast int8 convolution needs.
-INT8_BLOCK = 16
+#: Zeros fill the Wav2Smalls' channels to this multiple: onnxruntime's fast convolutions work on that many at a time.
+BLOCK = 16
+#: Tokens of a piece of the kind "chunked": about 2 s of Wav2Small's.
+CHUNK = 512
+#: Largest whole number of a weight with so many bits.
+LARGEST = {7: 63, 8: 127}
 SOURCE = "arXiv 2408.13920"
 
 #: The licences that Hugging Face knows under these names; any other is named in the card's text only.
@@ -41,33 +55,43 @@ def export_student(
     calibration: Sequence[np.ndarray] | None = None,
     check: Sequence[np.ndarray] | None = None,
     progress: Callable[[str], object] | None = None,
-    min_int8_ccc: float = 0.95,
+    min_ccc: float = 0.99,
+    kinds: Sequence[str] | None = None,
+    weight_bits: int = 8,
+    measure: Callable[[Mapping[str, Path]], Mapping[str, dict]] | None = None,
 ) -> dict:
     """Write a model directory for a trained student.
 
-    Everything is built and checked in memory first: ``out`` appears as a whole, or not at all. A model directory that is
-    there already is replaced; anything else is left alone.
+    Everything is built and checked before ``out`` appears as a whole, or not at all. A model directory that is there already is
+    replaced; anything else is left alone.
 
     Args:
         run_or_student_dir: a run directory, or the student directory in it.
         out: the model directory to make.
         calibration: float32 [T] each at 16 kHz, real audio of the kind that the model will hear, at least 8; lengths may
-            differ. They set the ranges of the int8 model; without them there is none.
-        check: float32 [T] each, on which int8 is judged against fp32. Default: every fourth calibration wave, which then sets
-            no ranges.
+            differ. They set the ranges of eight-bit numbers; without them there are exact kinds only.
+        check: float32 [T] each, on which the kinds that round are judged against fp32. Default: every fourth calibration wave,
+            which then sets no ranges.
         progress: called with a line of text at each step.
-        min_int8_ccc: the least CCC of int8 against fp32, in every dimension.
+        min_ccc: the least CCC with fp32, in every dimension, of a kind that rounds.
+        kinds: keys of ``artifacts.FILES``, or "all" that this student can have; "fp32" is always among them, as it is
+            what the others are held against.
+            Default: ``DEFAULT``, without "int8" if there is no calibration audio.
+        weight_bits: of the weights of "int8", "qdq" and "int8-int4" (the latter's convolutions), 7 or 8. On x86 CPUs without
+            VNNI 8-bit weights may overflow inside onnxruntime; 7-bit ones cannot.
+        measure: called with kind → file before the directory is written; what it returns of a kind is put into the report.
 
     Returns:
         What export.json holds: ``files`` (bytes of each but export.json), ``parity`` (limit, max_difference, largest_output,
-        lengths, signals),
-        ``int8`` (ccc per dimension, max_difference, views, calibration_waves, coverage, candidates; or ``skipped``),
-        ``passes`` (by how much each graph pass changed the outputs), ``versions``.
+        lengths, signals; of fp32 against Flax), ``kinds`` (kind → file, bytes, max_difference, views and ccc per dimension
+        against fp32 on the check waves, lengths that it was tried on; for some also how it was calibrated; what ``measure``
+        found), ``skipped`` (kind → why), ``passes`` (by how much each graph pass changed the outputs), ``versions``.
 
     Raises:
-        UsageError: no student there, ``out`` holds something else, unfit waves, or an environment that cannot export.
-        W2SError: ONNX and Flax differ by more than 1e-4 (of the largest output, if that is above 1), or int8 is too far from
-            fp32.
+        UsageError: no student there, ``out`` holds something else, unfit waves, a kind that does not exist or that this student
+            cannot have, or an environment that cannot export.
+        W2SError: a kind is not good enough: an exact one differs from Flax by more than 1e-4 (of the largest output, if that is
+            above 1), or another one's CCC is below ``min_ccc``.
     """
     graph.require_tools()
     say = progress or (lambda line: None)
@@ -78,48 +102,170 @@ def export_student(
     source = Path(run_or_student_dir)
     if (source / "student" / checkpoint.CONFIG).exists():
         source = source / "student"
-    shortest = student.minimum_samples
-    calibration, check = _split(calibration, check, shortest)
+    calibration, check = _split(calibration, check, student.minimum_samples)
+    kinds, skipped = _chosen(kinds, student, bool(calibration))
+    if weight_bits not in LARGEST:
+        raise UsageError(f"weights have 7 or 8 bits, got {weight_bits}")
 
+    facts, largest = _facts(student, config), LARGEST[weight_bits]
     say("fp32: converting")
-    outputs = len(config["dimensions"])
-    probes = _probes([*calibration, *check][:4], shortest)
-    plain = graph.convert(*deploy(student, variables), outputs, shortest)
-    fp32, passes = graph.simplify(plain, probes)
+    fp32, passes = fp32_graph(student, variables, _probes([*calibration, *check][:4], student.minimum_samples))
     refused = [name for name, change in passes.items() if change > graph.PASS_LIMIT]
     if refused:
         say(f"fp32: left out graph passes that would change the outputs: {', '.join(refused)}")
-    parity = _parity(fp32, student, variables, [*check, *calibration], say)
-
-    facts = _facts(student, config)
-    files = {FP32: _finished(fp32, {**facts, "kind": "fp32"})}
-    if calibration:
-        say("int8: converting")
-        blocked, _ = graph.simplify(graph.convert(*deploy(student, variables, INT8_BLOCK), outputs, shortest), probes)
-        int8, choice = quantize(blocked, calibration, say)
-        judged = _judge(int8, fp32, check, config["dimensions"], min_int8_ccc)
-        files[INT8] = _finished(int8, {**facts, "kind": "int8"})
-        eight = {**judged, "calibration_waves": len(calibration), **choice}
-    else:
-        eight = {"skipped": "no calibration audio was given"}
-        say("int8: skipped, no calibration audio was given")
+    cases = _cases(student, variables, [*check, *calibration])
+    report: dict = {"files": {}, "parity": {}, "kinds": {}, "skipped": skipped, "passes": passes, "versions": _versions()}
+    with tempfile.TemporaryDirectory() as place:
+        made = {kind: Path(place) / FILES[kind] for kind in kinds}
+        for kind, file in made.items():
+            content, how = build(kind, student, variables, fp32, facts, calibration, say, largest)
+            file.write_bytes(content)
+            row = {"file": file.name, "bytes": len(content), **how}
+            predictor = Predictor(file)
+            row["lengths"], parity = _tried(kind, predictor, cases)
+            outputs = _outputs(predictor, check)
+            if kind == "fp32":
+                reference, report["parity"] = outputs, parity
+                seconds = max(row["lengths"]) / SAMPLING_RATE
+                say(f"fp32: differs from Flax by at most {parity['max_difference']:.1e}, up to {seconds:.0f} s")
+            elif check:
+                row |= _judged(kind, outputs, reference, config["dimensions"], min_ccc)
+                say(f"{kind}: {len(content) / 1000:.1f} kB, CCC with fp32 at least {min(row['ccc'].values()):.5f}")
+            report["kinds"][kind] = row
+        for kind, figures in (measure(made) if measure else {}).items():
+            report["kinds"][kind] |= figures
+        files = {file.name: file.read_bytes() for file in made.values()}
+    for kind, why in skipped.items():
+        say(f"{kind}: skipped, {why}")
 
     for name in (checkpoint.WEIGHTS, checkpoint.CONFIG):
         files[name] = (source / name).read_bytes()
     files["model.yaml"] = _audonnx_yaml(config["dimensions"]).encode()
-    report = {
-        "files": {name: len(content) for name, content in files.items()},
-        "parity": parity,
-        "int8": eight,
-        "passes": passes,
-        "versions": _versions(),
-    }
+    report["files"] = {name: len(content) for name, content in files.items()}
     files["README.md"] = _card(out.name, facts, config, report).encode()
     report["files"]["README.md"] = len(files["README.md"])
     files[REPORT] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
     write_atomic(out, functools.partial(_write, files))
     say(f"wrote {out}")
     return report
+
+
+def fp32_graph(student, variables: dict, probes: Sequence[np.ndarray]) -> tuple:
+    """A student's float32 graph and what each graph pass changed; ``probes`` are float32 [T] each, to judge passes by."""
+    block = BLOCK if direct.fits(student) else 1
+    model = graph.convert(*deploy(student, variables, block), student.dimensions, student.minimum_samples)
+    return graph.simplify(model, probes)
+
+
+def build(
+    kind: str,
+    student,
+    variables: dict,
+    fp32,
+    facts: Mapping[str, str],
+    calibration: Sequence[np.ndarray] = (),
+    say: Callable[[str], object] = lambda line: None,
+    largest: int = 127,
+    coverages: Sequence[float] = COVERAGE,
+) -> tuple[bytes, dict]:
+    """One kind of a student.
+
+    Args:
+        kind: a key of ``artifacts.FILES``.
+        student, variables: the student.
+        fp32: its graph, of ``fp32_graph``; not changed.
+        facts: what the file says of itself besides its kind.
+        calibration: float32 [T] each, for the kinds in ``RANGED``.
+        say: called with a line of text now and then.
+        largest: whole number of an eight-bit kind's weights.
+        coverages: as ``quantize`` takes them.
+
+    Returns:
+        The file's content, and a dict for the report.
+
+    Raises:
+        UsageError: this student cannot have that kind.
+        W2SError: an operator is missing in the format.
+    """
+    if kind not in kinds_of(student):
+        raise _impossible(student, kind)
+    facts = {**facts, "kind": kind}
+    if kind.startswith("litert"):
+        content = litert.convert(*deploy(student, variables), student.dimensions, student.minimum_samples, facts)
+        return (content if kind == "litert" else litert.quantized(content, facts)), {}
+    if kind == "chunked":
+        model, cut = _chunked(student, variables)
+        return _packed(model, {**facts, "chunk": json.dumps(cut)}), {"chunk": cut}
+    if kind not in RANGED:
+        return _packed(fp32, facts, {"fp16w": "fp16", "int8w": "int8"}.get(kind, "fp32")), {}
+    told = functools.partial(_told, say, kind)
+    if kind != "qdq" and direct.fits(student):
+        four = kind == "int8-int4"
+        model, how = direct.quantize_direct(student, variables, fp32, calibration, told, coverages, largest, four)
+    else:  # of other students int8 is the standard form too: onnxruntime makes its own operators of it when it loads the file
+        model, how = quantize(fp32, calibration, told, coverages, largest)
+    return _packed(model, facts), {"calibration_waves": len(calibration), "weight_bits": largest.bit_length() + 1, **how}
+
+
+def _chunked(student, variables: dict) -> tuple:
+    """The graph of the kind "chunked", and how to cut a recording for it."""
+    forward, weights, cut = in_chunks(student, variables, BLOCK)
+    shortest = np.zeros((1, student.minimum_samples), np.float32)
+    features = len(forward(weights, shortest)["value"])
+    shape = (features, "tokens")
+    model = graph.convert(forward, weights, {"value": shape, "score": shape}, student.minimum_samples)
+    direct.chunked(model, student, variables)
+    # neither the whole nor a fixed number of tokens: both would look like something that passes can take away
+    example = {"state": direct.start(features), "first": np.array([1]), "last": np.array([-1])}
+    model, _ = graph.simplify(model, _probes([], student.minimum_samples), example)
+    return model, {**cut, "tokens": CHUNK, "hop": student.hop, "n_fft": student.n_fft}
+
+
+def _packed(model, facts: Mapping[str, str], weights: str = "fp32") -> bytes:
+    """The file of a graph, its constants packed; ``model`` is not changed."""
+    import onnx
+
+    packed = type(model)()
+    packed.CopyFrom(model)
+    compact(packed, weights)
+    onnx.helper.set_model_props(packed, dict(facts))
+    packed.producer_name, packed.producer_version = "w2s_jax", __version__
+    packed.doc_string = ""
+    onnx.checker.check_model(packed)
+    return packed.SerializeToString()
+
+
+def _told(say: Callable[[str], object], kind: str, line: str) -> None:
+    say(f"{kind}: {line}")
+
+
+def kinds_of(student) -> list[str]:
+    """The kinds that a student can have."""
+    softmax = direct.fits(student) and getattr(student, "pooling", "attention") == "attention"
+    cannot = {"chunked": not softmax, "int8-int4": not softmax or not hasattr(student, "pooling")}
+    return [kind for kind in FILES if not cannot.get(kind)]
+
+
+def _impossible(student, kind: str) -> UsageError:
+    return UsageError(f"{type(student).__name__} cannot be exported as {kind}; it can as {', '.join(kinds_of(student))}")
+
+
+def _chosen(kinds: Sequence[str] | None, student, calibrated: bool) -> tuple[list[str], dict[str, str]]:
+    """The kinds to build, fp32 first, and those left out with the reason."""
+    if kinds is None:
+        return (list(DEFAULT), {}) if calibrated else (["fp32"], {"int8": "no calibration audio was given"})
+    possible = kinds_of(student)
+    if "all" in kinds:
+        skipped = {kind: "no calibration audio was given" for kind in possible if kind not in EXACT and not calibrated}
+        return [kind for kind in possible if kind not in skipped], skipped
+    for kind in kinds:
+        if kind not in FILES:
+            raise UsageError(f"unknown kind {kind!r}; there are: {', '.join(FILES)}")
+        if kind not in possible:
+            raise _impossible(student, kind)
+        if kind not in EXACT and not calibrated:
+            raise UsageError(f"the kind {kind} rounds, and has to be judged on real audio: give calibration audio")
+    return list(dict.fromkeys(["fp32", *kinds])), {}
 
 
 def _write(files: dict[str, bytes], directory: Path) -> None:
@@ -159,8 +305,8 @@ def _probes(waves: Sequence[np.ndarray], shortest: int) -> list[np.ndarray]:
     return [*waves, *noise, np.zeros(max(5000, shortest), np.float32)]
 
 
-def _parity(model, student, variables: dict, waves: Sequence[np.ndarray], say: Callable[[str], object]) -> dict:
-    """Compare the ONNX model with the module that was trained, on noise, silence and the given audio, at every length."""
+def _cases(student, variables: dict, waves: Sequence[np.ndarray]) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """What is heard, a waveform, what the module that was trained says of it: noise, silence and real audio, every length."""
     shortest = student.minimum_samples
     lengths = sorted({shortest, shortest + 1, shortest + student.hop, *(n for n in PARITY_LENGTHS if n > shortest)})
     longest = lengths[-1]
@@ -174,37 +320,43 @@ def _parity(model, student, variables: dict, waves: Sequence[np.ndarray], say: C
         signals["audio"] = np.resize(real, longest)  # repeats what is too short
     cases = [(name, signal[:length]) for length in lengths for name, signal in signals.items() if length <= len(signal)]
     reference = jax.jit(student.apply)
+    return [(name, wave, np.asarray(reference(variables, wave[None]))[0]) for name, wave in cases]
+
+
+def _tried(kind: str, predictor: Predictor, cases: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> tuple[list[int], dict]:
+    """The lengths on which a model gave finite numbers; and, if its kind is exact, how near to the module's they are."""
     worst, largest = 0.0, 0.0
-    for (name, wave), actual in zip(cases, graph.run(model, [wave for _, wave in cases]), strict=True):
-        expected = np.asarray(reference(variables, wave[None]))[0]
-        largest = max(largest, float(np.abs(expected).max()))
-        difference = np.abs(actual - expected).max() / max(1.0, np.abs(expected).max())
-        if not difference <= PARITY_LIMIT:  # not a number is no parity either
+    for name, wave, expected in cases:
+        actual = np.array(list(predictor(wave).values()))
+        scale = np.abs(expected).max()
+        difference = float(np.abs(actual - expected).max() / max(1.0, scale))
+        if kind in EXACT and not difference <= PARITY_LIMIT:  # not a number is no parity either
             raise W2SError(
-                f"the ONNX model and the Flax student differ by {difference:.2g} on {len(wave)} samples of {name}; "
+                f"the {kind} model and the Flax student differ by {difference:.2g} on {len(wave)} samples of {name}; "
                 f"the limit is {PARITY_LIMIT:.0e}, nothing was written"
             )
-        worst = max(worst, float(difference))
-    say(f"fp32: differs from Flax by at most {worst:.1e}, from {shortest} samples to {longest / SAMPLING_RATE:.0f} s")
-    return {
-        "limit": PARITY_LIMIT,
-        "max_difference": worst,
-        "largest_output": largest,
-        "lengths": lengths,
-        "signals": list(signals),
-    }
+        worst, largest = max(worst, difference), max(largest, float(scale))
+    lengths = sorted({len(wave) for _, wave, _ in cases})
+    signals = list(dict.fromkeys(name for name, _, _ in cases))
+    about = {"limit": PARITY_LIMIT, "max_difference": worst, "largest_output": largest, "lengths": lengths, "signals": signals}
+    return lengths, about
 
 
-def _judge(int8, fp32, check: Sequence[np.ndarray], dimensions: Sequence[str], least: float) -> dict:
-    quantised, reference = graph.run(int8, check), graph.run(fp32, check)
-    scores = {name: float(score) for name, score in zip(dimensions, ccc(quantised, reference), strict=True)}
+def _outputs(predictor: Predictor, waves: Sequence[np.ndarray]) -> np.ndarray:
+    """[waves, dimensions]"""
+    return np.array([list(predictor(wave).values()) for wave in waves])
+
+
+def _judged(kind: str, outputs: np.ndarray, reference: np.ndarray, dimensions: Sequence[str], least: float) -> dict:
+    """CCC and largest difference of a kind's outputs from fp32's, both [waves, dimensions]."""
+    scores = {name: float(score) for name, score in zip(dimensions, ccc(outputs, reference), strict=True)}
     worst = min(scores, key=scores.get)
     if not scores[worst] >= least:
         raise W2SError(
-            f"int8 is too far from fp32: CCC {scores[worst]:.4f} in {worst} on {len(check)} waves, at least {least} expected; "
-            "give calibration audio of the kind that the student was trained on, or export without calibration"
+            f"{kind} is too far from fp32: CCC {scores[worst]:.4f} in {worst} on {len(outputs)} waves, at least {least} "
+            "expected; nothing was written; give calibration audio of the kind that the student was trained on, or leave it out"
         )
-    return {"ccc": scores, "max_difference": float(np.abs(quantised - reference).max()), "views": len(check)}
+    return {"ccc": scores, "max_difference": float(np.abs(outputs - reference).max()), "views": len(outputs)}
 
 
 def _facts(student, config: dict) -> dict[str, str]:
@@ -239,25 +391,31 @@ def _licence(config: dict) -> str:
     return f"{teacher['licence']} (teacher); {pretrained['licence']} (weights that it started from)"
 
 
-def _finished(model, facts: dict[str, str]) -> bytes:
-    import onnx
-
-    onnx.helper.set_model_props(model, facts)
-    model.producer_name, model.producer_version = "w2s_jax", __version__
-    model.doc_string = ""
-    onnx.checker.check_model(model)
-    return model.SerializeToString()
-
-
 def _audonnx_yaml(dimensions: Sequence[str]) -> str:
     """The object file that audEERING's ``audonnx.load`` reads beside model.onnx; JSON strings are YAML strings."""
     return (
         "$audonnx.core.model.Model==1.0.1:\n"
-        f"  path: {FP32}\n"
+        f"  path: {FILES['fp32']}\n"
         "  labels:\n"
         f"    {graph.LOGITS}: {json.dumps(list(dimensions))}\n"
         "  transform: null\n"
     )
+
+
+def _row(kind: str, row: dict, parity: dict) -> str:
+    """A kind's line in the card."""
+    if kind == "fp32":
+        off, scores = f"at most {parity['max_difference']:.1e} from the Flax student", None
+    else:
+        off = f"at most {row['max_difference']:.2g} from fp32" if "max_difference" in row else None
+        scores = ", ".join(f"{name} {score:.4f}" for name, score in row.get("ccc", {}).items())
+        scores = f"{scores} ({row['views']} clips)" if scores else None
+    time = f"{row['milliseconds']:.1f} ms for {row['seconds']:g} s" if "milliseconds" in row else None
+    if "ratio" in row:
+        time += f", {row['ratio']:.2f} of {row['against']}"
+    memory = f"{row['peak_memory'] / 1e6:.1f} MB" if row.get("peak_memory") is not None else None
+    cells = kind, row["file"], f"{row['bytes'] / 1000:.0f} kB", off, scores, time, memory
+    return "| " + " | ".join(cell or "–" for cell in cells) + " |"
 
 
 def _versions() -> dict[str, str]:
@@ -312,15 +470,7 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
             "\n> **Stand-in teacher.** The labels behind this model only imitate a real teacher. It shows that the chain "
             "works; its values mean nothing else.\n"
         )
-    sizes, parity, int8 = report["files"], report["parity"], report["int8"]
-    rows = [f"| {FP32} | {sizes[FP32] / 1000:.0f} kB | at most {parity['max_difference']:.1e} from the Flax student |"]
-    if "ccc" in int8:
-        scores = ", ".join(f"{dimension} {score:.4f}" for dimension, score in int8["ccc"].items())
-        rows.append(
-            f"| {INT8} | {sizes[INT8] / 1000:.0f} kB | CCC against fp32 on {int8['views']} clips: {scores}; "
-            f"at most {int8['max_difference']:.3f} apart |"
-        )
-    table = "\n".join(rows)
+    table = "\n".join(_row(kind, row, report["parity"]) for kind, row in report["kinds"].items())
     return f"""---
 {front}
 ---
@@ -338,8 +488,8 @@ print(predictor(wave, 16000))  # {{{", ".join(f'"{dimension}": ...' for dimensio
 Input `signal`, float32 `[1, time]`, any length from {facts["minimum_samples"]} samples on; output `logits`,
 `[1, {len(dimensions)}]`, not clipped. The network normalises each recording, so its level does not matter.
 
-| file | size | how far it is off |
-|---|---|---|
+| kind | file | size | how far it is off | CCC against fp32 | time | peak memory |
+|---|---|---|---|---|---|---|
 {table}
 
 - Teacher: {teacher["name"]} (fingerprint {teacher["fingerprint"]}). The student learned its outputs, not human labels.

@@ -23,6 +23,7 @@ def quantize(
     waves: Sequence[np.ndarray],
     progress: Callable[[str], object] | None = None,
     coverages: Sequence[float] = COVERAGE,
+    largest: int = 127,
 ):
     """Quantise the convolutions behind the front end: activations to 8 bit unsigned, weights to 8 bit signed per channel.
 
@@ -34,6 +35,7 @@ def quantize(
         waves: float32 [T] each, real audio of the kind that the model will hear; lengths may differ.
         progress: called with a line of text now and then.
         coverages: the candidates.
+        largest: whole number of a weight, 127 or 63 (see ``direct.integer``).
 
     Returns:
         The QDQ model, and a dict: ``coverage`` (the chosen one), ``candidates`` (coverage → worst CCC on ``waves``).
@@ -48,10 +50,10 @@ def quantize(
     reference = run(model, waves)
     best, results = None, {}
     for coverage in coverages:
-        candidate = _quantized(model, chosen, ranges[coverage])
+        candidate = _quantized(model, chosen, ranges[coverage], largest)
         results[str(coverage)] = score = float(ccc(run(candidate, waves), reference).min())
         if progress:
-            progress(f"int8: ranges over {coverage:.2%} of the values give CCC {score:.5f} against fp32")
+            progress(f"ranges over {coverage:.2%} of the values give CCC {score:.5f} against fp32")
         if best is None or score > results[str(best[0])]:
             best = coverage, candidate
     return best[1], {"coverage": best[0], "candidates": results}
@@ -101,7 +103,7 @@ def _coverages(values: np.ndarray, coverages: Sequence[float]) -> dict[float, tu
     return {coverage: (float(ends[lows[coverage]]), float(ends[highs[coverage]])) for coverage in coverages}
 
 
-def _quantized(model, chosen: Sequence[str], ranges: dict[str, tuple[float, float]]):
+def _quantized(model, chosen: Sequence[str], ranges: dict[str, tuple[float, float]], largest: int):
     from onnxruntime.quantization import CalibrationMethod, QuantType
     from onnxruntime.quantization.calibrate import TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -117,7 +119,7 @@ def _quantized(model, chosen: Sequence[str], ranges: dict[str, tuple[float, floa
             quantizer = QDQQuantizer(
                 source,
                 per_channel=True,
-                reduce_range=False,
+                reduce_range=largest < 127,
                 weight_qType=QuantType.QInt8,
                 activation_qType=QuantType.QUInt8,  # signed activations miss the fast kernels by far
                 tensors_range=TensorsData(CalibrationMethod.MinMax, data),

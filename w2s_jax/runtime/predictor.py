@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,10 +11,15 @@ import numpy as np
 import onnxruntime
 
 from w2s_jax import SAMPLING_RATE
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError
+from w2s_jax.artifacts import FILES, MismatchError, UsageError, W2SError
 
-FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
 SIGNAL, LOGITS = "signal", "logits"
+#: The other ends of the kind "chunked".
+CARRIED, NEXT = ("state", "first", "last"), "next"
+#: Samples that are worked on at a time where a whole recording need not be.
+BLOCK = 1 << 18
+#: Samples from which on a call gives its memory back: 30 s.
+LONG = 30 * SAMPLING_RATE
 #: The shortest input where the file does not say: one STFT frame of Wav2Small.
 MINIMUM_SAMPLES = 64
 
@@ -22,11 +28,12 @@ class Predictor:
     """An exported model, ready to run: ``predictor(wave, sampling_rate)`` → ``{"arousal": 0.61, ...}``.
 
     One predictor may be called from several threads at once. Memory does not grow from call to call, whatever the lengths;
-    a call needs about 2 MB per second of audio, so hours belong into :meth:`windows`.
+    a call needs about 2 MB per second of audio, so hours belong into :meth:`windows`, or to the kind "chunked", which judges a
+    recording of any length as a whole in a few MB (a memory-mapped array need not even be in memory).
 
     Args:
-        path: a model directory, or an .onnx file with input ``signal`` float32 [1, time] and output ``logits`` [1, D].
-        kind: which file of a directory, "fp32" (the default) or "int8".
+        path: a model directory, or a file (.onnx, .tflite) with input ``signal`` float32 [1, time], output ``logits`` [1, D].
+        kind: which file of a directory, a key of ``FILES``: "fp32" (the default), "int8", …
         threads: CPU threads per call.
         dimensions: names of the D outputs, for a file whose metadata has none.
 
@@ -62,6 +69,7 @@ class Predictor:
         self.dimensions = self._names(dimensions, outputs)
         self.sampling_rate = self._number("sampling_rate", SAMPLING_RATE)
         self.minimum_samples = self._number("minimum_samples", MINIMUM_SAMPLES)
+        self._pieces = _Pieces(self._session, self.metadata, self.path) if len(self._session.get_inputs()) > 1 else None
 
     def __call__(self, wave: np.ndarray, sampling_rate: int = SAMPLING_RATE) -> dict[str, float]:
         """The values of one recording.
@@ -152,18 +160,19 @@ class Predictor:
         """Number of outputs D of a session that has the two ends every model here has."""
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         ends = [(end.name, end.type, end.shape) for end in (*inputs, *outputs)]
+        names = [tuple(end.name for end in part) for part in (inputs, outputs)]
         fits = (
-            len(ends) == 2
-            and [end[:2] for end in ends] == [(SIGNAL, "tensor(float)"), (LOGITS, "tensor(float)")]
-            and [len(end[2]) for end in ends] == [2, 2]
-            and isinstance(ends[1][2][1], int)
+            names in ([(SIGNAL,), (LOGITS,)], [(SIGNAL, *CARRIED), (LOGITS, NEXT)])
+            and [end.type for end in (inputs[0], outputs[0])] == ["tensor(float)"] * 2
+            and [len(end.shape) for end in (inputs[0], outputs[0])] == [2, 2]
+            and isinstance(outputs[0].shape[1], int)
         )
         if not fits:
             raise UsageError(
                 f"{self.path}: expected float inputs and outputs {SIGNAL} [1, time] and {LOGITS} [1, D], "
                 f"got {', '.join(f'{name} {shape} {kind}' for name, kind, shape in ends)}"
             )
-        return ends[1][2][1]
+        return outputs[0].shape[1]
 
     def _names(self, given: Sequence[str] | None, outputs: int) -> tuple[str, ...]:
         recorded = tuple(name for name in self.metadata.get("dimensions", "").split(",") if name)
@@ -235,7 +244,10 @@ class Predictor:
         if len(wave) < self.minimum_samples:
             raise UsageError(f"expected at least {self.minimum_samples} samples at {self.sampling_rate} Hz, got {len(wave)}")
         try:
-            (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]})
+            if self._pieces:
+                logits = self._pieces(wave)
+            else:  # a long call would keep its memory for calls to come
+                (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]}, *([_shrinking()] if len(wave) > LONG else []))
         except Exception as error:  # as above
             raise W2SError(f"{self.path} failed on {len(wave)} samples: {_one_line(error)}") from error
         if not np.isfinite(logits).all():
@@ -243,6 +255,44 @@ class Predictor:
                 f"{self.path} gave values that are not finite; the largest sample is {np.abs(wave).max():.3g}, expected about 1"
             )
         return dict(zip(self.dimensions, logits[0].tolist(), strict=True))
+
+
+class _Pieces:
+    """Hears a recording in pieces, with the result of hearing it whole: for the kind "chunked"."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, str], path: Path):
+        self._session = session
+        try:
+            cut = json.loads(metadata["chunk"])
+            self._stride, self._halo, self._tokens, self._hop, self._n_fft = (
+                int(cut[key]) for key in ("stride", "halo", "tokens", "hop", "n_fft")
+            )
+            features = int(session.get_inputs()[1].shape[1])
+        except (KeyError, TypeError, ValueError) as error:
+            raise W2SError(f"{path}: its metadata does not say how to cut a recording: {_one_line(error)}") from error
+        # largest score, sum of the weights, weighted sum
+        self._start = np.array([[-1e30], [0], [0]], np.float32).repeat(features, axis=1)
+
+    def __call__(self, wave: np.ndarray) -> np.ndarray:
+        """float32 [T] → logits [1, D]; the normalisation is that of the whole recording."""
+        blocks = [slice(start, start + BLOCK) for start in range(0, len(wave), BLOCK)]
+        mean = sum(wave[block].sum(dtype=np.float64) for block in blocks) / len(wave)
+        power = sum(np.square(wave[block] - mean).sum(dtype=np.float64) for block in blocks) / len(wave)
+        scale = 1 / np.sqrt(power + 1e-7)
+        frames = 1 + (len(wave) - self._n_fft) // self._hop
+        tokens = -(-frames // self._stride)
+        state = self._start
+        for start in range(0, tokens, self._tokens):
+            end = min(start + self._tokens, tokens)
+            first = max(0, start * self._stride - self._halo)
+            last = min(frames, end * self._stride + self._halo)
+            piece = wave[first * self._hop : (last - 1) * self._hop + self._n_fft]
+            before = start - first // self._stride
+            bounds = (np.array([bound], np.int64) for bound in (before, before + end - start))
+            feed = dict(zip(CARRIED, (state, *bounds), strict=True))
+            signal = ((piece - mean) * scale).astype(np.float32)
+            logits, state = self._session.run([LOGITS, NEXT], {SIGNAL: signal[None], **feed})
+        return logits
 
 
 class _Ring:
@@ -272,27 +322,38 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
     """An onnxruntime session on the CPU whose memory does not grow with the lengths that it sees, and its name for messages.
 
     Args:
-        source: an .onnx file, or its content.
+        source: an .onnx file, or its content; or a .tflite file, of which it gives a ``litert.Session``.
         threads: CPU threads per call.
 
     Raises:
-        UsageError: no such file.
+        UsageError: no such file, or no interpreter for it.
         W2SError: the file is damaged.
     """
     content = isinstance(source, bytes)
     name = "the model" if content else str(source)
     if not content and not Path(source).is_file():
         raise UsageError(f"no model at {name}: no such file")
+    if not content and Path(source).suffix == ".tflite":
+        from w2s_jax.runtime import litert  # its interpreter is an extra
+
+        return litert.Session(source, threads), name
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
-    # both keep memory for every length they have seen
-    options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+    # it keeps memory for every length it has seen; the arena does not, and without it the system hands out every page anew in
+    # every call, which takes up to half as long as the network itself
+    options.enable_mem_pattern = False
     options.log_severity_level = 4  # errors arrive as exceptions
     try:
         session = onnxruntime.InferenceSession(source if content else name, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exception classes share no base and depend on the fault
         raise W2SError(f"{name} is damaged or not an ONNX model: {_one_line(error)}") from error
     return session, name
+
+
+def _shrinking() -> onnxruntime.RunOptions:
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def _model_file(path: Path, kind: str | None) -> Path:
@@ -316,10 +377,11 @@ def _checked(wave: np.ndarray, position: int, row: int | None = None) -> np.ndar
         raise UsageError(f"expected floating-point samples of about -1..1, got {wave.dtype} (divide integers by full scale)")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
         wave = wave.astype(np.float32, copy=False)
-    finite = np.isfinite(wave)
-    if not finite.all():
-        first = int(finite.argmin())
-        raise W2SError(f"sample {position + (first % row if row else first)} is {wave[first]}, expected finite samples")
+    for start in range(0, len(wave), BLOCK):
+        finite = np.isfinite(wave[start : start + BLOCK])
+        if not finite.all():
+            first = start + int(finite.argmin())
+            raise W2SError(f"sample {position + (first % row if row else first)} is {wave[first]}, expected finite samples")
     return wave
 
 
