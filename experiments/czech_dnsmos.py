@@ -88,7 +88,7 @@ def run(sound: Path, out: Path, variant: str, clips_per_level: int | None) -> di
     exported = w2s("export", workdir, "--out", out / "model", "--calibration", bank)
     files = [str(path) for path in sorted(source.rglob("*.ogg"))[:3]]
     w2s("predict", out / "model", *files, "--window", "1")
-    result = {"seconds": trained["seconds"], "steps": trained["steps"], "ccc": scores, "int8": exported["int8"]["ccc"]}
+    result = {"seconds": trained["seconds"], "steps": trained["steps"], "ccc": scores, "int8": exported["kinds"]["int8"]["ccc"]}
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"\ntrained for {trained['seconds']} s; CCC on held-out levels: {_short(scores)}")
     return result

@@ -205,7 +205,7 @@ excerpts = {"calibration": the_bank.excerpts("train", 32, 2.0), "check": the_ban
 exported = export.export_student(work / "run", work / "model", **excerpts)
 for name in ("model.onnx", "model.int8.onnx"):
     print(f"{name:<16} {exported['files'][name] / 1000:6.1f} kB")
-print("int8 against fp32, CCC:", {name: round(score, 4) for name, score in exported["int8"]["ccc"].items()})
+print("int8 against fp32, CCC:", {name: round(score, 4) for name, score in exported["kinds"]["int8"]["ccc"].items()})
 
 # %% [markdown]
 # ## 7. Use

@@ -84,7 +84,7 @@ def test_the_export_is_close_and_small(out):
     assert report["parity"]["max_difference"] <= 1e-4
     assert report["parity"]["lengths"][0] == 64
     assert report["parity"]["lengths"][-1] == 960_000
-    assert min(report["int8"]["ccc"].values()) >= 0.98
+    assert min(report["kinds"]["int8"]["ccc"].values()) >= 0.98
     assert (out / "model" / "model.int8.onnx").stat().st_size < 150_000
 
 

@@ -208,8 +208,17 @@ def _measured(model, waves: Sequence[np.ndarray], coverages: Sequence[float]) ->
 def _log_mel(pieces: Pieces, student, variables: dict, end: float) -> Image:
     """The normalised waveform's natural logarithm of the mel power, [1, time, 1, mel] in eight bits."""
     add = pieces.node
-    signal = add("Sub", SIGNAL, add("ReduceMean", SIGNAL, axes=[1], keepdims=1))
-    power = add("ReduceMean", add("Mul", signal, signal), axes=[1], keepdims=1)
+    ones = np.ones((1, 1, 1, deploy.TERMS), np.float32)
+    signal = pieces.reshape(SIGNAL, 1, 1, 1, -1)
+    samples = add("Cast", add("Size", SIGNAL), to=1)  # 1 is float32
+
+    def mean(x: str) -> str:  # as deploy._exact_mean
+        for _ in range(3):
+            x = add("Conv", x, ones, strides=[1, deploy.TERMS], pads=[0, 0, 0, deploy.TERMS - 1])
+        return add("Div", add("ReduceSum", x, np.array([3]), keepdims=1), samples)
+
+    signal = add("Sub", signal, mean(signal))
+    power = mean(add("Mul", signal, signal))
     signal = add("Div", signal, add("Sqrt", add("Add", power, np.float32(NORM_EPSILON))))
     kernels, mel = deploy.front_end(variables)
     if kernels.shape[0] == kernels.shape[1] and np.abs(kernels - fourier_values(student.n_fft)).max() <= 2e-7:

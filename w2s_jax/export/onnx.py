@@ -134,6 +134,7 @@ def simplify(model, waves: Sequence[np.ndarray], more: dict[str, np.ndarray] | N
 
     passes = (
         _named(settle_shapes, more),
+        join_reshapes,
         _named(drop_identities, more),
         relu_from_max,
         scale_into_conv,
@@ -206,6 +207,18 @@ def settle_shapes(model, more: dict[str, np.ndarray]) -> None:
             first, second = (np.asarray(value) for value in values[node.input[1]])
             if np.sum(first != second) <= 1:
                 _set_constant(model, node, 1, np.where(first != second, -1, first))
+
+
+def join_reshapes(model) -> None:
+    """Reshape of a Reshape → the last one alone."""
+    constants = _constants(model)
+    producers = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        while node.op_type == "Reshape" and node.input[1] in constants and constants[node.input[1]].all():  # 0 copies a size
+            before = producers.get(node.input[0])
+            if before is None or before.op_type != "Reshape":
+                break
+            node.input[0] = before.input[0]
 
 
 def drop_identities(model, more: dict[str, np.ndarray]) -> None:

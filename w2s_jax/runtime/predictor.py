@@ -18,7 +18,7 @@ SIGNAL, LOGITS = "signal", "logits"
 CARRIED, NEXT = ("state", "first", "last"), "next"
 #: Samples that are worked on at a time where a whole recording need not be.
 BLOCK = 1 << 18
-#: Samples from which on a call gives its memory back: 30 s.
+#: Samples from which on a call gives its memory back, which would be kept for calls to come: 30 s.
 LONG = 30 * SAMPLING_RATE
 #: The shortest input where the file does not say: one STFT frame of Wav2Small.
 MINIMUM_SAMPLES = 64
@@ -244,10 +244,12 @@ class Predictor:
         if len(wave) < self.minimum_samples:
             raise UsageError(f"expected at least {self.minimum_samples} samples at {self.sampling_rate} Hz, got {len(wave)}")
         try:
-            if self._pieces:
+            if self._pieces is not None:
                 logits = self._pieces(wave)
-            else:  # a long call would keep its memory for calls to come
-                (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]}, *([_shrinking()] if len(wave) > LONG else []))
+            elif len(wave) > LONG and isinstance(self._session, onnxruntime.InferenceSession):
+                (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]}, _shrinking())
+            else:
+                (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]})
         except Exception as error:  # as above
             raise W2SError(f"{self.path} failed on {len(wave)} samples: {_one_line(error)}") from error
         if not np.isfinite(logits).all():
