@@ -14,7 +14,8 @@ PyTorch Wav2Small for as many seconds as ``run`` trained, on the same views, and
 seconds as variants:
 
     w2s train experiments/czech_dnsmos.py:17k --bank runs/czech/bank --views runs/czech/views.parquet \\
-        --labels runs/czech/labels --workdir runs/czech/17k                (or :mobilenet_v4_s; then w2s eval, as run does)
+        --labels runs/czech/labels --workdir runs/czech/17k
+                                            (or :mobilenet_v4_s, :mobilenet_v3_s; then w2s eval, as run does)
 
 Results: experiments/README.md.
 """
@@ -40,6 +41,7 @@ VARIANTS = {
     "": {**LONG, "student": "wav2small", "steps": 1540},
     "17k": {**LONG, "student": "wav2small_17k", "steps": 1640},
     "mobilenet_v4_s": {**LONG, "student": "mobilenet_v4_s", "steps": 1510, "learning_rate": 1e-3},
+    "mobilenet_v3_s": {**LONG, "student": "mobilenet_v3_s", "steps": 1500, "learning_rate": 1e-3},
     "small": {"steps": 30, "eval_every": 15},
 }
 
