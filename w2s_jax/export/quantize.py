@@ -33,13 +33,12 @@ def quantize(
     What stays in float, because eight bits destroy it: power, mel and logarithm, the first convolution (its input spans
     100 dB), and the softmax over time with its weighted sum (weights near 1/frames would round to 0).
 
-    What stays in float, because eight bits gain nothing: hard-swish and squeeze-excite, for which there are no eight-bit
-    operators, and depthwise convolutions right behind them. They would have to round their input for themselves, which costs
-    the time that they save, and no sum over channels evens out their rounding errors: MobileNetV3-S's first one alone did more
-    harm than all other convolutions together.
+    What stays in float, because eight bits gain nothing: hard-swish and squeeze-excite, for which onnxruntime has no eight-bit
+    operators, and depthwise convolutions right behind them. These would have to round their input for themselves, which takes
+    longer than they save, and no sum over channels evens out their rounding errors (measured: experiments/README.md).
 
     Ranges follow what the next operator makes of a value: a hard sigmoid and a hard-swish see no difference beyond their kinks,
-    so ranges end there; the softmax lives by its highest scores, so they get room for clips with higher ones than were heard.
+    so ranges end there; the softmax lives by its highest scores, so these get room for clips with higher ones than were heard.
 
     Args:
         model: an fp32 ModelProto as ``onnx.simplify`` leaves it.
