@@ -14,7 +14,7 @@ from w2s_jax.export import export_student, quantize  # noqa: E402
 from w2s_jax.export import onnx as graph  # noqa: E402
 from w2s_jax.metrics import ccc  # noqa: E402
 
-LEAST = inspect.signature(export_student).parameters["min_int8_ccc"].default
+LEAST = inspect.signature(export_student).parameters["min_ccc"].default
 
 
 @pytest.fixture(scope="module")
