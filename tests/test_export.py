@@ -183,7 +183,7 @@ def test_audonnx_hears_what_the_predictor_hears(exported, waves, kind):
         np.testing.assert_allclose(np.ravel(other(wave, 16_000)), list(predictor(wave).values()), atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1000, 65_664, 65_696, 65_728, 131_072 + 17, 400_000])
+@pytest.mark.parametrize("length", [1000, 16_416, 16_448, 16_480, 32_768 + 17, 150_000])
 def test_pieces_equal_the_whole(exported, length):
     """Around the ends of pieces, and over several of them; the drift of the level shows whether the whole is normalised."""
     place, _ = exported

@@ -310,8 +310,7 @@ def _pooled(
         )  # fmt: skip
         if kernels[0].shape[1] == 1:
             value, score = (pieces.reshape(x, -1, mels * student.channels) for x in (value, score))
-        # else no input whatever makes a sum of exp(score), or of it times a value, overflow, or every exp(score) vanish
-        if bound + np.log(SAFE_TOKENS * max(1, most)) > np.log(np.finfo(np.float32).max):
+        if not _exp_is_safe(bound, most):
             score = add("Sub", score, add("ReduceMax", score, axes=[0], keepdims=1))
         return mean(value, add("Exp", score))
     kernel, bias = params["mix"]["kernel"][0, 0], params["mix"]["bias"].astype(np.float32)
@@ -323,6 +322,14 @@ def _pooled(
     distance = add("Sub", mixed, average)
     deviation = add("Sqrt", add("Add", mean(add("Mul", distance, distance)), np.float32(1e-5)))  # as models.pooling has it
     return add("Concat", average, deviation, axis=1)
+
+
+def _exp_is_safe(score: float, value: float) -> bool:
+    """Whether no input makes a sum of exp(score), or of exp(score) · value, overflow in float32, or every exp(score) vanish.
+
+    ``score`` and ``value`` are the largest magnitudes that these can have at all.
+    """
+    return bool(score + np.log(SAFE_TOKENS * max(1.0, value)) < np.log(np.finfo(np.float32).max))
 
 
 def _finish(pieces: Pieces, student, params: dict, variables: dict, pooled: str, by_channel: bool = False) -> None:

@@ -39,8 +39,8 @@ PARITY_LENGTHS = (127, 1021, 8191, 16_000, 31_991, 80_000, 960_000)
 LEAST_WAVES = 8
 #: Zeros fill the Wav2Smalls' channels to this multiple: onnxruntime's fast convolutions work on that many at a time.
 BLOCK = 16
-#: Tokens of a piece of the kind "chunked": about 2 s of Wav2Small's.
-CHUNK = 512
+#: Tokens of a piece of the kind "chunked": about 1 s of Wav2Small's.
+CHUNK = 256
 #: Largest whole number of a weight with so many bits.
 LARGEST = {7: 63, 8: 127}
 SOURCE = "arXiv 2408.13920"
