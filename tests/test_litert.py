@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -87,6 +88,8 @@ def test_a_minute_equals_the_trained_module(exported, waves):
 def test_mobilenets_equal_the_trained_module(name, tmp_path, waves):
     """On half a second: random weights this deep amplify rounding, so that on silence of a second ``deploy`` itself, under JAX,
     differs from ``student.apply`` by 0.03."""
+    if name == "mobilenet_v3_s" and not os.environ.get("W2S_ALL_STUDENTS"):
+        pytest.skip("W2S_ALL_STUDENTS=1 runs it: two minutes of compiling")
     check(*convert(tmp_path, name, {}, waves), waves, (64, 1021, 8191))
 
 
@@ -237,7 +240,7 @@ def test_a_foreign_file_has_no_facts(tiny):
 
 
 def test_without_an_interpreter(tiny, monkeypatch):
-    for module in ("ai_edge_litert.interpreter", "tflite_runtime.interpreter", "tensorflow.lite"):
+    for module in ("ai_edge_litert.interpreter", "tflite_runtime.interpreter", "tensorflow.lite.python.interpreter"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UsageError, match=r"pip install 'w2s-jax\[litert\]'"):
         litert.Session(tiny)

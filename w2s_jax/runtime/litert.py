@@ -136,7 +136,7 @@ def checksum(network: bytes) -> str:
 
 def _interpreter() -> type:
     """The first interpreter that is installed; the small packages before all of TensorFlow."""
-    for module in ("ai_edge_litert.interpreter", "tflite_runtime.interpreter", "tensorflow.lite"):
+    for module in ("ai_edge_litert.interpreter", "tflite_runtime.interpreter", "tensorflow.lite.python.interpreter"):
         try:
             return importlib.import_module(module).Interpreter
         except ImportError:
