@@ -61,7 +61,7 @@ def chain(corpus, tmp_path_factory):
         "train": f"train wav2small --bank {at / 'bank'} --views {at / 'views.parquet'} --labels {at / 'labels'} "
         f"--workdir {at / 'run'} --set steps=4 --set eval_every=2 --set fields.channels=3 --set batch_size=4",
         "eval": f"eval {at / 'run'} --bank {at / 'bank'} --views {at / 'views.parquet'} --labels {at / 'labels'}",
-        "export": f"export {at / 'run'} --out {at / 'model'}",
+        "export": f"export {at / 'run'} --out {at / 'model'} --kind chunked",
         "eval_model": f"eval {at / 'model'} --bank {at / 'bank'} --views {at / 'views.parquet'} --labels {at / 'labels'}",
         "predict": f"predict {at / 'model'} {corpus / '00.wav'} {corpus / '20.wav'} --window 0.5 --format jsonl",
     }
@@ -86,6 +86,10 @@ def test_the_chain_ends_in_predictions(chain, corpus):
     assert "stand-in" in lines["label"][1].stdout
     assert lines["train"][0]["steps"] == 4
     assert lines["export"][0]["parity"]["max_difference"] <= 1e-4
+    kinds = lines["export"][0]["kinds"]
+    assert set(kinds) == {"fp32", "chunked"}
+    assert kinds["fp32"]["milliseconds"] > 0 and "milliseconds" not in kinds["chunked"]
+    assert "model.chunked.onnx" in lines["export"][1].stdout
     rows = [json.loads(line) for line in lines["predict"][1].stdout.splitlines()[:-1]]
     assert {row["file"] for row in rows} == {str(corpus / "00.wav"), str(corpus / "20.wav")}
     assert lines["predict"][0]["rows"] == len(rows)
@@ -98,8 +102,11 @@ def test_the_chain_ends_in_predictions(chain, corpus):
 
 
 def test_bench_of_a_model(chain, tmp_path, w2s):
-    code, out, err = w2s("bench", "--model", chain[0] / "model", "--out", tmp_path / "b", "--runs", 2, "--json")
+    code, out, err = w2s(
+        "bench", "--model", chain[0] / "model", "--out", tmp_path / "b", "--runs", 2, "--engine", "onnxruntime", "--json"
+    )
     assert code == 0, err
+    assert "left out: " in err and "model.chunked.onnx" in err  # it has more inputs than a waveform
     *shown, last = out.splitlines()
     (row,) = json.loads(last)["rows"]
     assert row["bytes"] == (chain[0] / "model" / "model.onnx").stat().st_size
@@ -109,6 +116,21 @@ def test_bench_of_a_model(chain, tmp_path, w2s):
     assert code == 2
     assert "--set is for the students' fields" in err
     assert w2s("bench", "wav2small", "--set", "mels=40", "--out", tmp_path / "c")[0] == 2
+
+
+def test_kinds_on_the_command_line(chain, corpus, tmp_path, w2s):
+    at, _ = chain
+    values = [
+        json.loads(w2s("predict", at / "model", corpus / "01.wav", "--kind", kind, "--format", "json")[1])[0]
+        for kind in ("fp32", "chunked")
+    ]
+    for name in ("arousal", "dominance", "valence"):
+        assert values[0][name] == pytest.approx(values[1][name], abs=1e-4)
+    code, _, err = w2s("predict", at / "model", corpus / "01.wav", "--kind", "int8")
+    assert code == 2 and "it has no model.int8.onnx" in err
+    code, _, err = w2s("export", at / "run", "--out", tmp_path / "m", "--kind", "qdq")
+    assert code == 2 and "the kind qdq rounds, and has to be judged on real audio" in err
+    assert not (tmp_path / "m").exists()
 
 
 def test_prediction_formats(chain, corpus, tmp_path, w2s):

@@ -49,9 +49,7 @@ def file(kind, student, variables, fp32, waves, directory, **options):
     return directory / f"{kind}.onnx", how
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=slow if name not in ("17k", "attention") else ()) for name in VARIANTS]
-)
+@pytest.mark.parametrize("variant", [pytest.param(name, marks=() if name == "17k" else slow) for name in VARIANTS])
 def test_variants(variant, waves, tmp_path):
     student, variables, fp32 = built(tmp_path / "student", waves, *VARIANTS[variant])
     reference = graph.run(fp32, waves)
@@ -99,6 +97,7 @@ def export(student, out, waves, kinds, least):
     return export_student(student, out, waves[::2], waves[1::2], kinds=kinds, min_ccc=least)
 
 
+@slow
 def test_without_the_proof_that_exp_cannot_overflow_the_export_fails(sharp, waves, tmp_path, monkeypatch):
     monkeypatch.setattr(package, "PARITY_LENGTHS", (1021, 31_991))
     export(sharp, tmp_path / "model", waves, ["int8"], -1)

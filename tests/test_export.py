@@ -294,6 +294,7 @@ def test_no_parity_no_directory(small, tmp_path, monkeypatch):
         return lambda weights, wave: right(weights, wave) + 2e-4, weights
 
     monkeypatch.setattr(package, "deploy", wrong)
+    monkeypatch.setattr(package, "PARITY_LENGTHS", (16_000,))
     with pytest.raises(
         W2SError, match=r"fp32 model.*differ by 0.0002.* samples of noise; the limit is 1e-04, nothing was written"
     ):

@@ -44,7 +44,7 @@ def convert(directory, name, fields, waves):
     return lambda wave: np.asarray(apply(variables, wave[None])), content
 
 
-@pytest.fixture(scope="module", params=STUDENTS)
+@pytest.fixture(scope="module", params=[pytest.param("wav2small", marks=pytest.mark.slow), "wav2small_17k"])
 def exported(request, tmp_path_factory, waves):
     return convert(tmp_path_factory.mktemp(request.param), request.param, STUDENTS[request.param], waves)
 
