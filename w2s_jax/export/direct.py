@@ -298,24 +298,28 @@ def _pooled(
         total = add("ReduceSum", weight, np.array([0]), keepdims=1)
         return add("Div", add("ReduceSum", add("Mul", x, weight), np.array([0]), keepdims=1), total)
 
+    features = mels * student.channels
     pooling = getattr(student, "pooling", "attention")
     if pooling == "attention":
         if isinstance(student, Wav2Small):
             pool = deploy.attention(student, variables)
-            kernels = [pool[name]["kernel"].reshape(student.channels, mels, -1) for name in ("lin", "sof")]
+            value, score = (pool[name]["kernel"].reshape(student.channels, mels, features) for name in ("lin", "sof"))
         else:
-            kernels = [params["pool"][name]["kernel"][:, None] for name in ("lin", "sof")]
-        (value, most), (score, bound) = (
-            layer(kernel, number == 1, moments) for number, kernel in enumerate(kernels)
-        )  # fmt: skip
-        if kernels[0].shape[1] == 1:
-            value, score = (pieces.reshape(x, -1, mels * student.channels) for x in (value, score))
+            value, score = (params["pool"][name]["kernel"][:, None] for name in ("lin", "sof"))
+        value, most = layer(value, moments=moments)
+        score, bound = layer(score, centred=True, moments=moments)
+        value, score = (pieces.reshape(x, -1, features) for x in (value, score))
         if not _exp_is_safe(bound, most):
-            score = add("Sub", score, add("ReduceMax", score, axes=[0], keepdims=1))
+            # onnxruntime's maximum down a column is slow, its pooling is not
+            top = add(
+                "MaxPool", pieces.reshape(score, 1, 1, -1, features), kernel_shape=[32, 1], strides=[32, 1], pads=[0, 0, 31, 0]
+            )
+            top = add("ReduceMax", pieces.reshape(top, -1, features), axes=[0], keepdims=1)
+            score = add("Sub", score, top)
         return mean(value, add("Exp", score))
     kernel, bias = params["mix"]["kernel"][0, 0], params["mix"]["bias"].astype(np.float32)
     mixed = add("Add", layer(kernel[:, None])[0], bias)
-    mixed = pieces.reshape(mixed, -1, mels * student.channels)
+    mixed = pieces.reshape(mixed, -1, features)
     average = mean(mixed)
     if pooling == "mean":
         return average
