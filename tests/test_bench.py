@@ -312,10 +312,9 @@ def test_files_that_bench_writes(toy, mine, tmp_path, monkeypatch):
 
 
 def test_what_bench_says_of_kinds_engines_and_a_yardstick(toy, own, mine, tmp_path, monkeypatch):
-    from w2s_jax.runtime import predictor
 
     # a kind that is only in the table of kinds, with a name that no pattern would find
-    monkeypatch.setattr(predictor, "FILES", {"int8": "model.int8.onnx", "fp32": "model.onnx", "odd": "model.odd"})
+    monkeypatch.setattr(bench, "FILES", {"int8": "model.int8.onnx", "fp32": "model.onnx", "odd": "model.odd"})
     (mine / "model.odd").write_bytes(own.read_bytes())
     takes = {"model.onnx": 2e-3, "model.int8.onnx": 3e-3, "model.odd": 1e-3, "toy.onnx": 4e-3}
 
