@@ -263,7 +263,7 @@ def test_file_describes_itself(exported):
 
 def test_model_card(exported):
     yaml = pytest.importorskip("yaml")
-    place, _ = exported
+    place, report = exported
     card = (place / "model" / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "cc-by-nc-sa-4.0"
@@ -271,6 +271,9 @@ def test_model_card(exported):
     assert front["pipeline_tag"] == "audio-classification"
     assert "Stand-in" in card
     assert "CC BY-NC-SA 4.0" in card
+    table = [line.split(" | ") for line in card.splitlines() if line.startswith("| ") and "model." in line]
+    assert [row[0].strip("| ") for row in table] == list(report["kinds"])
+    assert {len(row) for row in table} == {8}
 
 
 def test_clean_graph(exported):

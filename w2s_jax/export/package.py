@@ -24,6 +24,18 @@ from w2s_jax.metrics import ccc
 from w2s_jax.runtime import Predictor
 
 REPORT = "export.json"
+#: What each kind is for, in the card.
+PURPOSES = {
+    "fp32": "everything that reads ONNX",
+    "fp16w": "fp32 in half the bytes",
+    "int8w": "fp32 in a quarter of the bytes",
+    "int8": "onnxruntime, small and fast",
+    "qdq": "8 bits in standard operators: OpenVINO and others",
+    "int8-int4": "onnxruntime, smallest",
+    "litert": "TensorFlow Lite",
+    "litert-int8": "TensorFlow Lite, small and fast",
+    "chunked": "recordings of any length, piece by piece",
+}
 #: What is exported when nothing is said.
 DEFAULT = ("fp32", "int8")
 #: Kinds that compute what the student computes; the others round, and are judged by their CCC with fp32 on real audio.
@@ -427,7 +439,7 @@ def _row(kind: str, row: dict, parity: dict) -> str:
     if "ratio" in row:
         time += f", {row['ratio']:.2f} of {row['against']}"
     memory = f"{row['peak_memory'] / 1e6:.1f} MB" if row.get("peak_memory") is not None else None
-    cells = kind, row["file"], f"{row['bytes'] / 1000:.0f} kB", off, scores, time, memory
+    cells = kind, PURPOSES[kind], row["file"], f"{row['bytes'] / 1000:.0f} kB", off, scores, time, memory
     return "| " + " | ".join(cell or "–" for cell in cells) + " |"
 
 
@@ -501,9 +513,11 @@ print(predictor(wave, 16000))  # {{{", ".join(f'"{dimension}": ...' for dimensio
 Input `signal`, float32 `[1, time]`, any length from {facts["minimum_samples"]} samples on; output `logits`,
 `[1, {len(dimensions)}]`, not clipped. The network normalises each recording, so its level does not matter.
 
-| kind | file | size | how far it is off | CCC against fp32 | time | peak memory |
-|---|---|---|---|---|---|---|
+| kind | for | file | size | how far it is off | CCC against fp32 | time | peak memory |
+|---|---|---|---|---|---|---|---|
 {table}
+
+`Predictor({json.dumps(name)}, kind=...)` takes another kind than fp32.
 
 - Teacher: {teacher["name"]} (fingerprint {teacher["fingerprint"]}). The student learned its outputs, not human labels.
 - Licence of the teacher, whose terms this model inherits: {teacher["licence"]}
