@@ -128,6 +128,8 @@ def test_report(exported):
             assert set(row["ccc"]) == {"arousal", "dominance", "valence"}
         assert row.get("calibration_waves") == (12 if kind in package.RANGED else None)
     assert report["kinds"]["chunked"]["max_difference"] <= 1e-4
+    assert {kind for kind, row in report["kinds"].items() if "difference_from_flax" in row} == {"fp32", "chunked"}
+    assert report["kinds"]["fp32"]["difference_from_flax"] == report["parity"]["max_difference"]
     assert report["kinds"]["fp16w"]["max_difference"] <= 0.01
     assert max(report["passes"].values()) <= graph.PASS_LIMIT
     assert {"jax", "tf2onnx", "onnxruntime"} <= set(report["versions"])

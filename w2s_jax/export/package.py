@@ -86,18 +86,18 @@ def export_student(
             which then sets no ranges.
         progress: called with a line of text at each step.
         min_ccc: the least CCC with fp32, in every dimension, of a kind that rounds.
-        kinds: keys of ``artifacts.FILES``, or "all" that this student can have; "fp32" is always among them, as it is
-            what the others are held against.
-            Default: ``DEFAULT``, without "int8" if there is no calibration audio.
+        kinds: keys of ``artifacts.FILES``, or "all" that this student can have; "fp32" is always among them, as it is what the
+            others are held against. Default: ``DEFAULT``, without "int8" if there is no calibration audio.
         weight_bits: of the weights of "int8", "qdq" and "int8-int4" (the latter's convolutions), 7 or 8. On x86 CPUs without
             VNNI 8-bit weights may overflow inside onnxruntime; 7-bit ones cannot.
         measure: called with kind → file before the directory is written; what it returns of a kind is put into the report.
 
     Returns:
         What export.json holds: ``files`` (bytes of each but export.json), ``parity`` (limit, max_difference, largest_output,
-        lengths, signals; of fp32 against Flax), ``kinds`` (kind → file, bytes, max_difference, views and ccc per dimension
-        against fp32 on the check waves, lengths that it was tried on; for some also how it was calibrated; what ``measure``
-        found), ``skipped`` (kind → why), ``passes`` (by how much each graph pass changed the outputs), ``versions``.
+        lengths, signals; of fp32 against Flax), ``kinds`` (kind → file, bytes, lengths that it was tried on; of exact kinds
+        difference_from_flax on these; max_difference, views and ccc per dimension against fp32 on the check waves; how it was
+        calibrated or is to be cut; what ``measure`` found), ``skipped`` (kind → why), ``passes`` (by how much each graph pass
+        changed the outputs), ``versions``.
 
     Raises:
         UsageError: no student there, ``out`` holds something else, unfit waves, a kind that does not exist or that this student
@@ -135,12 +135,14 @@ def export_student(
             row = {"file": file.name, "bytes": len(content), **how}
             predictor = Predictor(file)
             row["lengths"], parity = _tried(kind, predictor, cases)
+            if kind in EXACT:
+                row["difference_from_flax"] = parity["max_difference"]
             outputs = _outputs(predictor, check)
             if kind == "fp32":
                 reference, report["parity"] = outputs, parity
                 seconds = max(row["lengths"]) / SAMPLING_RATE
                 say(f"fp32: differs from Flax by at most {parity['max_difference']:.1e}, up to {seconds:.0f} s")
-            elif check:
+            elif check:  # without check audio there are exact kinds only
                 row |= _judged(kind, outputs, reference, config["dimensions"], min_ccc)
                 say(f"{kind}: {len(content) / 1000:.1f} kB, CCC with fp32 at least {min(row['ccc'].values()):.5f}")
             report["kinds"][kind] = row
@@ -427,14 +429,14 @@ def _audonnx_yaml(dimensions: Sequence[str]) -> str:
     )
 
 
-def _row(kind: str, row: dict, parity: dict) -> str:
+def _row(kind: str, row: dict) -> str:
     """A kind's line in the card."""
-    if kind == "fp32":
-        off, scores = f"at most {parity['max_difference']:.1e} from the Flax student", None
+    if kind in EXACT:
+        off = f"at most {row['difference_from_flax']:.1e} from the Flax student"
     else:
-        off = f"at most {row['max_difference']:.2g} from fp32" if "max_difference" in row else None
-        scores = ", ".join(f"{name} {score:.4f}" for name, score in row.get("ccc", {}).items())
-        scores = f"{scores} ({row['views']} clips)" if scores else None
+        off = f"at most {row['max_difference']:.2g} from fp32"
+    scores = ", ".join(f"{name} {score:.4f}" for name, score in row.get("ccc", {}).items())
+    scores = f"{scores} ({row['views']} clips)" if scores else None
     time = f"{row['milliseconds']:.1f} ms for {row['seconds']:g} s" if "milliseconds" in row else None
     if "ratio" in row:
         time += f", {row['ratio']:.2f} of {row['against']}"
@@ -495,7 +497,7 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
             "\n> **Stand-in teacher.** The labels behind this model only imitate a real teacher. It shows that the chain "
             "works; its values mean nothing else.\n"
         )
-    table = "\n".join(_row(kind, row, report["parity"]) for kind, row in report["kinds"].items())
+    table = "\n".join(_row(kind, row) for kind, row in report["kinds"].items())
     return f"""---
 {front}
 ---
