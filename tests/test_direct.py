@@ -130,6 +130,7 @@ def test_with_a_softmax_in_eight_bits_the_export_fails(waves, tmp_path, monkeypa
     assert not (tmp_path / "careless").exists()
 
 
+@slow
 def test_seven_bits_never_overflow_sixteen(waves, tmp_path):
     """x86 without VNNI adds two products of a u8 and an s8 in 16 bits, which saturates silently."""
     student, variables, fp32 = built(tmp_path / "student", waves, *VARIANTS["attention"])

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -330,6 +332,19 @@ def test_a_wrong_graph_pass_is_left_out(small, tmp_path, monkeypatch):
     assert not (tmp_path / "model" / "model.int8.onnx").exists()
 
 
+@pytest.mark.slow
+def test_the_command_measures_beside_a_yardstick(small, tmp_path):
+    export_student(small, tmp_path / "first")
+    command = [sys.executable, "-m", "w2s_jax.cli", "export", small, "--out", tmp_path / "model", "--json"]
+    command += ["--against", tmp_path / "first" / "model.onnx"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    row = json.loads(done.stdout.splitlines()[-1])["kinds"]["fp32"]
+    assert row["milliseconds"] > 0 and row["seconds"] == 5 and row["against"] == "model.onnx"
+    assert 0.3 < row["ratio"] < 3  # the same network
+    assert json.loads((tmp_path / "model" / "export.json").read_text())["kinds"]["fp32"] == row
+    assert f"{row['ratio']:.2f} of model.onnx" in (tmp_path / "model" / "README.md").read_text()
+
+
 def test_export_replaces_models_only(small, tmp_path, monkeypatch):
     monkeypatch.setattr(package, "PARITY_LENGTHS", ())
     (tmp_path / "model").mkdir()
@@ -363,8 +378,6 @@ def test_environments_that_cannot_export(small, tmp_path, monkeypatch):
         patch.setattr(jax, "__version__", "0.10.1")
         with pytest.raises(UsageError, match=r"jax 0.10.1 cannot export.*pip install 'w2s-jax\[export\]'.*carried over"):
             export_student(small, tmp_path / "model")
-    import sys
-
     monkeypatch.setitem(sys.modules, "tf2onnx", None)
     with pytest.raises(UsageError, match=r"tf2onnx is not installed.*w2s-jax\[export\]"):
         export_student(small, tmp_path / "model")

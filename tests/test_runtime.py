@@ -119,7 +119,7 @@ def test_unfit_waves(predictor, wave, kind, says):
 def test_kinds_and_files(directory):
     assert Predictor(directory, kind="int8").metadata["kind"] == "int8"
     assert Predictor(str(directory / "model.int8.onnx")).metadata["kind"] == "int8"
-    with pytest.raises(UsageError, match="unknown kind 'int4'; there are: fp32, int8"):
+    with pytest.raises(UsageError, match="unknown kind 'int4'; there are: fp32, fp16w, int8w, int8, "):
         Predictor(directory, kind="int4")
     with pytest.raises(UsageError, match="is a file"):
         Predictor(directory / "model.onnx", kind="fp32")
