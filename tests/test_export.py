@@ -444,7 +444,7 @@ LEFT_OUT = ("mobilenet_v3_s", "mobilenet_v3_l", "mobilenet_v4_s", "mobilenet_v4_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
-def test_every_student_trains_and_leaves(name, bank, views, tmp_path, monkeypatch):
+def test_every_student_trains_and_leaves(name, bank, views, tmp_path, monkeypatch, compiled_at_once):
     """One step, fp32 within 1e-4 of Flax (export_student refuses more), int8, and audEERING's loader on both."""
     audonnx = pytest.importorskip("audonnx")
     assert set(EVERY) == set(models.STUDENTS)
@@ -454,14 +454,10 @@ def test_every_student_trains_and_leaves(name, bank, views, tmp_path, monkeypatc
     known = labels.read(tmp_path / "labels", views)
     settings = ["steps=1", "batch_size=4", "eval_every=1", *(f"fields.{key}={value}" for key, value in EVERY[name].items())]
     monkeypatch.setattr(package, "PARITY_LENGTHS", (31_991, 80_000))
-    jax.config.update("jax_disable_most_optimizations", True)  # what is run once need not be fast
-    try:
-        train.train(config.load(name, settings), bank, views, known, tmp_path / "run")
-        waves = bank.excerpts("train", 8, 2.0)
-        # after one step the outputs hardly depend on the input, so a CCC says nothing yet
-        report = export_student(tmp_path / "run", tmp_path / "model", waves, waves, min_ccc=-1)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    train.train(config.load(name, settings), bank, views, known, tmp_path / "run")
+    waves = bank.excerpts("train", 8, 2.0)
+    # after one step the outputs hardly depend on the input, so a CCC says nothing yet
+    report = export_student(tmp_path / "run", tmp_path / "model", waves, waves, min_ccc=-1)
     assert report["parity"]["max_difference"] <= 1e-4
     assert report["files"]["model.int8.onnx"] < 0.8 * report["files"]["model.onnx"]
     predictors = {kind: Predictor(tmp_path / "model", kind=kind) for kind in ("fp32", "int8")}

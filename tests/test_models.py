@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -452,6 +453,8 @@ def test_bfloat16_is_float32_but_for_rounding(name, fields):
     ("wav2small", {"form": "direct"}, 0.4), ("wav2small_17k", {}, 0.4), ("mobilenet_v3_s", {}, 0.4),
 ])  # fmt: skip
 def test_bfloat16_is_float32_but_for_rounding_in_deep_students(name, fields, gradient):
+    if name == "mobilenet_v3_s" and not os.environ.get("W2S_ALL_STUDENTS"):
+        pytest.skip("W2S_ALL_STUDENTS=1 runs it: two minutes of compiling")
     check_bfloat16(name, fields, np.stack([voice(1.0, seed) for seed in range(8)]), 0.1, gradient)
 
 

@@ -385,7 +385,7 @@ def test_what_a_student_takes_over_from_the_published_17k(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mobilenet_is_trained_from_timms_weights(bank, views, labels, tmp_path):
+def test_a_mobilenet_is_trained_from_timms_weights(bank, views, labels, tmp_path, compiled_at_once):
     golden = np.load(Path(__file__).parent / "golden" / "mobilenet.npz")
     state = weights(json.loads(str(golden["keys/mobilenetv3_small_050"])), 0)
     state["conv_stem.weight"] = np.repeat(state["conv_stem.weight"], 3, axis=1)

@@ -12,9 +12,8 @@ import numpy as np
 
 from w2s_jax.export import deploy
 from w2s_jax.export.compact import Pieces, fourier, fourier_values, rounded, scattered, unpacked
-from w2s_jax.export.onnx import LOGITS, OPSET, SIGNAL, run, session
-from w2s_jax.export.quantize import COVERAGE, _coverages
-from w2s_jax.metrics import ccc
+from w2s_jax.export.onnx import LOGITS, OPSET, SIGNAL, session
+from w2s_jax.export.quantize import COVERAGE, _coverages, best_coverage
 from w2s_jax.models.frontend import MEL_FLOOR, NORM_EPSILON
 from w2s_jax.models.wav2small import Wav2Small, Wav2Small17K
 
@@ -67,16 +66,10 @@ def quantize_direct(
         The model, and a dict: ``coverage`` (the chosen one), ``candidates`` (coverage → worst CCC on ``waves``).
     """
     ends, moments = _measured(fp32, waves, coverages)
-    reference = run(fp32, waves)
-    best, results = None, {}
-    for coverage in coverages:
-        candidate = integer(student, variables, ends[coverage], largest, moments if four_bits else None)
-        results[str(coverage)] = score = float(ccc(run(candidate, waves), reference).min())
-        if progress:
-            progress(f"ranges over {coverage:.2%} of the values give CCC {score:.5f} against fp32")
-        if best is None or score > results[str(best[0])]:
-            best = coverage, candidate
-    return best[1], {"coverage": best[0], "candidates": results}
+    given = moments if four_bits else None
+    return best_coverage(
+        lambda coverage: integer(student, variables, ends[coverage], largest, given), fp32, waves, progress, coverages
+    )  # fmt: skip
 
 
 def integer(student, variables: dict, ends: Sequence[float], largest: int = 127, moments: np.ndarray | None = None):

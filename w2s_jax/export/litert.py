@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from w2s_jax.artifacts import W2SError
-from w2s_jax.export.onnx import LOGITS, SIGNAL, _quiet
+from w2s_jax.export.onnx import LOGITS, SIGNAL, as_tensorflow, quiet
 from w2s_jax.runtime.litert import CHECKSUM, MEMBER, checksum, read
 
 #: Kernels with fewer weights stay float32 in an int8 file, as TensorFlow's own converter has it: they are no part of its size.
@@ -39,19 +39,10 @@ def convert(forward: Callable, weights, outputs: int, minimum_samples: int, fact
     Raises:
         W2SError: the function needs an operator that TensorFlow Lite does not have, or has other outputs.
     """
-    with _quiet(), _silent():
-        import jax
+    with quiet(), _silent():
         import tensorflow as tf
-        from jax.experimental import jax2tf
 
-        leaves, tree = jax.tree.flatten(weights)
-        graph = jax2tf.convert(
-            lambda signal, *leaves: forward(jax.tree.unflatten(tree, leaves), signal),
-            # n is at least 1: so the frame count is provably positive
-            polymorphic_shapes=[f"(1, n + {minimum_samples - 1})", *[None] * len(leaves)],
-            native_serialization=False,
-            enable_xla=False,
-        )
+        graph, leaves = as_tensorflow(forward, weights, minimum_samples)
         signal = tf.TensorSpec([1, None], tf.float32, name=SIGNAL)
         traced = tf.compat.v1.wrap_function(lambda signal: graph(signal, *map(tf.constant, leaves)), [signal])
         (logits,) = traced.outputs
@@ -81,7 +72,7 @@ def quantized(content: bytes, facts: dict[str, str]) -> bytes:
         content: what ``convert`` returned.
         facts: what the new file says of itself.
     """
-    with _quiet():
+    with quiet():
         from tensorflow.lite.python import schema_py_generated as schema
         from tensorflow.lite.tools import flatbuffer_utils
     network, _ = read(content)

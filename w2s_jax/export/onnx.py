@@ -40,12 +40,38 @@ def require_tools() -> None:
             "make an environment with pip install 'w2s-jax[export]' and export there: a student directory "
             "(model.safetensors, config.json) is plain arrays and can be carried over"
         )
-    with _quiet():
+    with quiet():
         for package in ("tensorflow", "tf2onnx", "onnx"):
             try:
                 __import__(package)
             except ImportError as error:
                 raise missing_extra(error.name or package, "export") from error
+
+
+def as_tensorflow(forward: Callable, weights, minimum_samples: int) -> tuple[Callable, list]:
+    """A JAX function in TensorFlow's own operators.
+
+    Args:
+        forward: (weights, float32 [1, T]) → anything, for every T from ``minimum_samples`` on.
+        weights: a tree of arrays.
+        minimum_samples: the shortest T.
+
+    Returns:
+        (signal, *arrays of ``weights``) → the same, and those arrays. They are arguments and no constants, or jax2tf,
+        TensorFlow and tf2onnx would copy and rewrite them again and again (80 million of CNN14 needed more than 20 GB).
+    """
+    import jax
+    from jax.experimental import jax2tf
+
+    leaves, tree = jax.tree.flatten(weights)
+    function = jax2tf.convert(
+        lambda signal, *leaves: forward(jax.tree.unflatten(tree, leaves), signal),
+        # n is at least 1: so the frame count is provably positive
+        polymorphic_shapes=[f"(1, n + {minimum_samples - 1})", *[None] * len(leaves)],
+        native_serialization=False,
+        enable_xla=False,
+    )
+    return function, leaves
 
 
 def convert(forward: Callable, weights, outputs: int | dict[str, tuple], minimum_samples: int):
@@ -62,23 +88,12 @@ def convert(forward: Callable, weights, outputs: int | dict[str, tuple], minimum
         does not depend on the input is computed already.
     """
     shapes = outputs if isinstance(outputs, dict) else {LOGITS: (1, outputs)}
-    with _quiet():
-        import jax
+    with quiet():
         import onnx
         import tensorflow as tf
         import tf2onnx
-        from jax.experimental import jax2tf
 
-        leaves, tree = jax.tree.flatten(weights)
-        # the weights are inputs until the graph is made: as constants, jax2tf, TensorFlow and tf2onnx would copy and rewrite
-        # them again and again (80 million of CNN14 needed more than 20 GB)
-        graph = jax2tf.convert(
-            lambda signal, *leaves: forward(jax.tree.unflatten(tree, leaves), signal),
-            # n is at least 1: so the frame count is provably positive
-            polymorphic_shapes=[f"(1, n + {minimum_samples - 1})", *[None] * len(leaves)],
-            native_serialization=False,
-            enable_xla=False,
-        )
+        graph, leaves = as_tensorflow(forward, weights, minimum_samples)
         names = [f"weight{index}" for index in range(len(leaves))]
         signature = [
             tf.TensorSpec([1, None], tf.float32, name=SIGNAL),
@@ -421,7 +436,7 @@ def _uses(model) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep TensorFlow's and tf2onnx's chatter off the terminal; their exceptions still come through."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # both are read when TensorFlow is imported, never later
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

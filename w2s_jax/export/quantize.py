@@ -58,10 +58,24 @@ def quantize(
     if not chosen:
         raise W2SError("cannot quantise: the graph has no convolutions behind its log-mel front end")
     ranges = _ranges(model, chosen, waves, coverages)
-    reference = run(model, waves)
+    return best_coverage(
+        lambda coverage: _quantized(model, chosen, ranges[coverage], largest), model, waves, progress, coverages
+    )  # fmt: skip
+
+
+def best_coverage(
+    make: Callable,
+    fp32,
+    waves: Sequence[np.ndarray],
+    progress: Callable[[str], object] | None,
+    coverages: Sequence[float],
+) -> tuple:
+    """Of the models that ``make`` builds, one for each coverage, that with the best CCC with ``fp32``, worst dimension, on
+    ``waves``; and ``quantize``'s dict."""
+    reference = run(fp32, waves)
     best, results = None, {}
     for coverage in coverages:
-        candidate = _quantized(model, chosen, ranges[coverage], largest)
+        candidate = make(coverage)
         results[str(coverage)] = score = float(ccc(run(candidate, waves), reference).min())
         if progress:
             progress(f"ranges over {coverage:.2%} of the values give CCC {score:.5f} against fp32")
