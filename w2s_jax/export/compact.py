@@ -8,7 +8,6 @@ may be stored in 16, 8 or 4 bits. Only standard operators are used.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import reduce
 
 import numpy as np
 
@@ -114,14 +113,13 @@ def rounded(values: np.ndarray, axis: int, largest: int = 127) -> tuple[np.ndarr
     return np.rint(values / scales).astype(np.int8), scales.astype(np.float32)
 
 
-def compact(model, weights: str = "fp32", largest: int = 127) -> None:
+def compact(model, weights: str = "fp32") -> None:
     """Store the constants of a float32 graph in little room.
 
     Args:
         model: a ModelProto, changed in place.
         weights: "fp32" changes no value by more than its last bit; "fp16" and "int8" (per output channel) round the weights of
             layers, which still compute in float32. The front end is exact in each.
-        largest: of the whole numbers of "int8".
     """
     from onnx import TensorProto, numpy_helper
 
@@ -138,10 +136,9 @@ def compact(model, weights: str = "fp32", largest: int = 127) -> None:
         elif np.count_nonzero(value) < value.size / 4:
             made = scattered(pieces, value)
         else:
-            used = [slice(0, reduce(max, places, -1) + 1) for places in map(np.ndarray.tolist, np.nonzero(value))]
-            core = value[tuple(used)]
+            core = value[tuple(slice(0, _used(value, axis)) for axis in range(value.ndim))]
             if weights == "int8" and constant.name in outputs:
-                numbers, scales = rounded(core, outputs[constant.name], largest)
+                numbers, scales = rounded(core, outputs[constant.name])
                 made = pieces.node("Mul", pieces.node("Cast", numbers, to=1), scales)  # 1 is float32
             elif weights == "fp16" and np.abs(core).max() < HALF_LIMIT:
                 made = pieces.node("Cast", core.astype(np.float16), to=1)
@@ -157,6 +154,12 @@ def compact(model, weights: str = "fp32", largest: int = 127) -> None:
     nodes = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*pieces.nodes, *nodes])
+
+
+def _used(value: np.ndarray, axis: int) -> int:
+    """How far along an axis the last value is that is not 0, counted from 1."""
+    others = tuple(other for other in range(value.ndim) if other != axis)
+    return int(np.flatnonzero(value.any(axis=others))[-1]) + 1
 
 
 def _close(value: np.ndarray, formula: np.ndarray) -> bool:

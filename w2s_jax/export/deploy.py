@@ -67,7 +67,7 @@ def deploy(student: nn.Module, variables: dict, block: int = 1) -> tuple[Forward
 
 
 def _wav2small(student: Wav2Small, variables: dict, block: int, weights: Weights) -> Forward:
-    params = _float64(variables["params"])
+    params = float64(variables["params"])
     trunk = _trunk(student, variables, block, weights)
     mix, adv = params["mix"], params["adv"]
     if student.pooling == "attention":
@@ -100,7 +100,7 @@ def _softmax_pooling(student: Wav2Small | Wav2Small17K, variables: dict, weights
     Returns:
         (weights, trunk's image) → values and scores, each [1, features, 1, time]; and (weights, pooled [1, features]) → logits.
     """
-    params = _float64(variables["params"])
+    params = float64(variables["params"])
     adv = params["adv"]
     if isinstance(student, Wav2Small):
         pool = attention(student, variables)
@@ -145,7 +145,7 @@ def in_chunks(student: nn.Module, variables: dict, block: int = 1) -> tuple[Call
 
 
 def _mobilenet(student: MobileNetStudent, variables: dict, weights: Weights) -> Forward:
-    params, stats = _float64(variables["params"]), _float64(variables["batch_stats"]["trunk"])
+    params, stats = float64(variables["params"]), float64(variables["batch_stats"]["trunk"])
     stages = enumerate(student.architecture.stages)
     rows = [(f"stage{stage}_{number}", row) for stage, rows in stages for number, row in enumerate(rows)]
     stem = partial(_layer, scale=DECIBEL)
@@ -206,7 +206,7 @@ def _squeeze(params: dict, weights: Weights) -> Forward:
 
 
 def _cnn14(student: CNN14, variables: dict, weights: Weights) -> Forward:
-    params, stats = _float64(variables["params"]), _float64(variables["batch_stats"])
+    params, stats = float64(variables["params"]), float64(variables["batch_stats"])
     image = _log_mel(student, variables, weights)
     scale = params["norm"]["scale"] / np.sqrt(stats["norm"]["var"] + 1e-5)
     shift = params["norm"]["bias"] - stats["norm"]["mean"] * scale
@@ -238,7 +238,7 @@ def attention(student: Wav2Small, variables: dict) -> dict:
 
     ``lin`` and ``sof`` are on tokens of the trunk, ordered (channel, mel). ``sof`` has no bias: it would change nothing.
     """
-    params = _float64(variables["params"])
+    params = float64(variables["params"])
     mix, lin, sof = params["mix"], params["pool"]["lin"], params["pool"]["sof"]
     mels = lin["kernel"].shape[0] // student.channels
     spread = np.kron(mix["kernel"][0, 0], np.eye(mels))
@@ -254,7 +254,7 @@ def trunk_layers(student: Wav2Small | Wav2Small17K, variables: dict) -> list[tup
     params, stats = variables["params"]["vgg7"], variables["batch_stats"]["vgg7"]
     names = [f"l{layer}" for layer in range(1, student.before + student.after + 1)]
     return [
-        _folded(_float64(params[name]), _float64(stats[name]), DECIBEL if name == "l1" else 1) for name in names
+        _folded(float64(params[name]), float64(stats[name]), DECIBEL if name == "l1" else 1) for name in names
     ]  # fmt: skip
 
 
@@ -289,7 +289,7 @@ def _trunk(
 
 def front_end(variables: dict) -> tuple[np.ndarray, np.ndarray]:
     """Fourier kernels [rows, n_fft] and the mel matrix [rows, mel] that turns their squared outputs into mel power, float64."""
-    frontend = _float64(variables["frontend"]["logmel"])
+    frontend = float64(variables["frontend"]["logmel"])
     fourier = np.concatenate([frontend["real"], frontend["imag"]], axis=1)
     mel = np.concatenate([frontend["mel"], frontend["mel"]])  # the matrix product also adds re² and im²
     heard = np.abs(fourier).max(axis=0) > 1e-9  # the sine rows of the first and last bin are zero
@@ -418,6 +418,6 @@ def _convolve(
     )
 
 
-def _float64(tree: dict) -> dict:
+def float64(tree: dict) -> dict:
     """Foldings multiply several parameters: do that in double precision, round once."""
-    return {key: _float64(leaf) if isinstance(leaf, dict) else np.asarray(leaf, np.float64) for key, leaf in tree.items()}
+    return {key: float64(leaf) if isinstance(leaf, dict) else np.asarray(leaf, np.float64) for key, leaf in tree.items()}

@@ -13,7 +13,7 @@ import numpy as np
 from w2s_jax.export import deploy
 from w2s_jax.export.compact import Pieces, fourier, fourier_values, rounded, scattered, unpacked
 from w2s_jax.export.onnx import LOGITS, OPSET, SIGNAL, session
-from w2s_jax.export.quantize import COVERAGE, _coverages, best_coverage
+from w2s_jax.export.quantize import COVERAGE, best_coverage, covered
 from w2s_jax.models.frontend import MEL_FLOOR, NORM_EPSILON
 from w2s_jax.models.wav2small import Wav2Small, Wav2Small17K
 
@@ -21,8 +21,6 @@ from w2s_jax.models.wav2small import Wav2Small, Wav2Small17K
 OUTPUTS, INPUTS = 16, 4
 #: Tokens of which no sum may overflow, whatever their scores: 17 minutes of Wav2Small's.
 SAFE_TOKENS = 1 << 18
-#: A score that no token has: exp of its distance to any other is 0.
-LOWEST = -1e30
 #: onnxruntime's own operators.
 MICROSOFT = "com.microsoft"
 NONE = np.array(0, np.uint8)
@@ -121,9 +119,8 @@ def integer(student, variables: dict, ends: Sequence[float], largest: int = 127,
             x = pieces.node("NhwcMaxPool", x, domain=MICROSOFT, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
             mels = (mels + 1) // 2
         image = Image(x, made, NONE)
-    params = deploy._float64(variables["params"])
-    pooled = _pooled(pieces, student, params, variables, image, mels, channels, largest, moments)
-    _finish(pieces, student, params, variables, pooled)
+    pooled = _pooled(pieces, student, variables, image, mels, channels, largest, moments)
+    _finish(pieces, student, variables, pooled)
     return _model(pieces, {SIGNAL: (1, "time")}, {LOGITS: (1, student.dimensions)})
 
 
@@ -135,7 +132,8 @@ def chunked(model, student, variables: dict) -> None:
     Args:
         model: a ModelProto with outputs ``value`` and ``score`` [features, tokens], changed in place. Further inputs are:
             ``state`` float32 [3, features]: of the pieces before, the largest score, the sum of the weights and the weighted
-            sum; ``start`` at first. ``first`` and ``last``, int64 [1]: tokens of this piece that count, the end not included.
+            sum; ``runtime.predictor.first_state`` at first. ``first`` and ``last``, int64 [1]: tokens of this piece that count,
+            the end not included.
             Its outputs become ``logits`` [1, dimensions] of all pieces up to this one, and ``next``, the new state.
         student, variables: of the Wav2Small family.
     """
@@ -155,7 +153,7 @@ def chunked(model, student, variables: dict) -> None:
     weighted = add("Add", add("Mul", weighted, before), add("ReduceSum", add("Mul", weight, value), along, keepdims=1))
     add("Transpose", add("Concat", new, total, weighted, axis=1), output="next", perm=[1, 0])
     pooled = pieces.reshape(add("Div", weighted, total), 1, -1)
-    _finish(pieces, student, deploy._float64(variables["params"]), variables, pooled, by_channel=True)
+    _finish(pieces, student, variables, pooled, by_channel=True)
     features = model.graph.output[0].type.tensor_type.shape.dim[0].dim_value
     model.graph.input.extend(
         [
@@ -169,11 +167,6 @@ def chunked(model, student, variables: dict) -> None:
         model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     model.graph.node.extend(pieces.nodes)
     model.graph.initializer.extend(pieces.constants)
-
-
-def start(features: int) -> np.ndarray:
-    """The first ``state`` of a chunked graph."""
-    return np.array([[LOWEST], [0], [0]], np.float32).repeat(features, axis=1)
 
 
 def _measured(model, waves: Sequence[np.ndarray], coverages: Sequence[float]) -> tuple[dict[float, list[float]], np.ndarray]:
@@ -191,7 +184,7 @@ def _measured(model, waves: Sequence[np.ndarray], coverages: Sequence[float]) ->
     for wave in waves:
         values = one.run(names, {SIGNAL: wave[None]})
         for at, tensor in enumerate(values):
-            for coverage, (_, high) in _coverages(tensor.ravel(), coverages).items():
+            for coverage, (_, high) in covered(tensor.ravel(), coverages).items():
                 ends[coverage][at] = max(ends[coverage][at], high)
         tokens = values[-1].reshape(-1, values[-1].shape[-1]).astype(np.float64)
         moments = moments + tokens @ tokens.T / tokens.shape[1] / len(waves)
@@ -259,10 +252,9 @@ def _banded(pieces: Pieces, numbers: np.ndarray, inputs: int, outputs: int, stri
     return pieces.reshape(rows, outputs * (channels + more), inputs + -inputs % INPUTS, times, 1)
 
 
-def _pooled(
-    pieces: Pieces, student, params: dict, variables: dict, image: Image, mels: int, channels: int, largest: int, moments
-) -> str:
+def _pooled(pieces: Pieces, student, variables: dict, image: Image, mels: int, channels: int, largest: int, moments) -> str:
     """The pooling over time of an image [1, time, mels, channels]: → float32 [1, features], (mel, channel) as the image."""
+    params = deploy.float64(variables["params"])
     add = pieces.node
 
     def layer(weights: np.ndarray, centred: bool = False, moments: np.ndarray | None = None) -> tuple[str, float]:
@@ -329,10 +321,10 @@ def _exp_is_safe(score: float, value: float) -> bool:
     return bool(score + np.log(SAFE_TOKENS * max(1.0, value)) < np.log(np.finfo(np.float32).max))
 
 
-def _finish(pieces: Pieces, student, params: dict, variables: dict, pooled: str, by_channel: bool = False) -> None:
+def _finish(pieces: Pieces, student, variables: dict, pooled: str, by_channel: bool = False) -> None:
     """The output layer, on what the pooling leaves, float32 [1, features]: (channel, mel) ``by_channel``, or (mel, channel)."""
-    add = pieces.node
-    adv = dict(params["adv"])
+    params = deploy.float64(variables["params"])
+    add, adv = pieces.node, params["adv"]
     if isinstance(student, Wav2Small17K):
         x = pieces.reshape(pooled, student.channels, -1) if by_channel else add(
             "Transpose", pieces.reshape(pooled, -1, student.channels), perm=[1, 0]
@@ -361,7 +353,9 @@ def _rounded_together(weights: np.ndarray, moments: np.ndarray) -> tuple[np.ndar
     """
     weights = weights.copy()
     power = np.diag(moments)
-    candidates = np.abs(weights).max(axis=0) / 7 * np.linspace(0.5, 1, 26)[:, None]
+    highest = np.abs(weights).max(axis=0)
+    highest[highest == 0] = 7  # a column of zeros; any scale will do
+    candidates = highest / 7 * np.linspace(0.5, 1, 26)[:, None]
     errors = [
         (power[:, None] * (weights - scale * np.clip(np.rint(weights / scale), -8, 7)) ** 2).sum(axis=0) for scale in candidates
     ]

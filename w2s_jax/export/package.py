@@ -22,6 +22,7 @@ from w2s_jax.export.deploy import deploy, in_chunks
 from w2s_jax.export.quantize import COVERAGE, quantize
 from w2s_jax.metrics import ccc
 from w2s_jax.runtime import Predictor
+from w2s_jax.runtime.predictor import first_state
 
 REPORT = "export.json"
 #: What each kind is for, in the card.
@@ -243,7 +244,7 @@ def _chunked(student, variables: dict) -> tuple:
     model = graph.convert(forward, weights, {"value": shape, "score": shape}, student.minimum_samples)
     direct.chunked(model, student, variables)
     # neither the whole nor a fixed number of tokens: both would look like something that passes can take away
-    example = {"state": direct.start(features), "first": np.array([1]), "last": np.array([-1])}
+    example = {"state": first_state(features), "first": np.array([1]), "last": np.array([-1])}
     model, _ = graph.simplify(model, _probes([], student.minimum_samples), example)
     return model, {**cut, "tokens": CHUNK, "hop": student.hop, "n_fft": student.n_fft}
 
@@ -507,6 +508,7 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
 {warning}
 ```python
 from w2s_jax.runtime import Predictor
+from w2s_jax.runtime.predictor import first_state
 
 predictor = Predictor({json.dumps(name)})
 print(predictor(wave, 16000))  # {{{", ".join(f'"{dimension}": ...' for dimension in dimensions)}}}

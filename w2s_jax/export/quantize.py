@@ -116,7 +116,7 @@ def _ranges(
     ranges = {coverage: dict.fromkeys(names, (0.0, 0.0)) for coverage in coverages}  # zero padding must be exact: 0 is inside
     for wave in waves:
         for name, values in zip(names, one.run(names, {SIGNAL: wave[None]}), strict=True):
-            for coverage, (low, high) in _coverages(values.ravel(), coverages).items():
+            for coverage, (low, high) in covered(values.ravel(), coverages).items():
                 known = ranges[coverage][name]
                 ranges[coverage][name] = min(known[0], low), max(known[1], high)
     limits, scores = _limits(model), _scores(model)
@@ -154,7 +154,7 @@ def _scores(model) -> set[str]:
     return scores
 
 
-def _coverages(values: np.ndarray, coverages: Sequence[float]) -> dict[float, tuple[float, float]]:
+def covered(values: np.ndarray, coverages: Sequence[float]) -> dict[float, tuple[float, float]]:
     """For each coverage, lowest and highest of the values but a share ``1 - coverage``, taken from the outer end or ends."""
     signed = bool(values.min() < 0)  # after a Relu there is nothing to cut below
     cuts = {coverage: int((1 - coverage) * values.size / (2 if signed else 1)) for coverage in coverages}

@@ -16,6 +16,8 @@ from w2s_jax.artifacts import FILES, MismatchError, UsageError, W2SError
 SIGNAL, LOGITS = "signal", "logits"
 #: The other ends of the kind "chunked".
 CARRIED, NEXT = ("state", "first", "last"), "next"
+#: That of ``models.frontend``, which this floor must not import.
+NORM_EPSILON = 1e-7
 #: Samples that are worked on at a time where a whole recording need not be.
 BLOCK = 1 << 18
 #: Samples from which on a call gives its memory back, which would be kept for calls to come: 30 s.
@@ -272,15 +274,14 @@ class _Pieces:
             features = int(session.get_inputs()[1].shape[1])
         except (KeyError, TypeError, ValueError) as error:
             raise W2SError(f"{path}: its metadata does not say how to cut a recording: {_one_line(error)}") from error
-        # largest score, sum of the weights, weighted sum
-        self._start = np.array([[-1e30], [0], [0]], np.float32).repeat(features, axis=1)
+        self._start = first_state(features)
 
     def __call__(self, wave: np.ndarray) -> np.ndarray:
         """float32 [T] → logits [1, D]; the normalisation is that of the whole recording."""
         blocks = [slice(start, start + BLOCK) for start in range(0, len(wave), BLOCK)]
         mean = sum(wave[block].sum(dtype=np.float64) for block in blocks) / len(wave)
         power = sum(np.square(wave[block] - mean).sum(dtype=np.float64) for block in blocks) / len(wave)
-        scale = 1 / np.sqrt(power + 1e-7)
+        scale = 1 / np.sqrt(power + NORM_EPSILON)
         frames = 1 + (len(wave) - self._n_fft) // self._hop
         tokens = -(-frames // self._stride)
         state = self._start
@@ -295,6 +296,14 @@ class _Pieces:
             signal = ((piece - mean) * scale).astype(np.float32)
             logits, state = self._session.run([LOGITS, NEXT], {SIGNAL: signal[None], **feed})
         return logits
+
+
+def first_state(features: int) -> np.ndarray:
+    """What the kind "chunked" carries before the first piece, float32 [3, features].
+
+    These are the largest score so far (lower than any), the sum of the weights, and the weighted sum.
+    """
+    return np.array([[-1e30], [0], [0]], np.float32).repeat(features, axis=1)
 
 
 class _Ring:
