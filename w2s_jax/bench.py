@@ -267,6 +267,8 @@ def count(file: str | Path, seconds: float = 5.0) -> dict:
         UsageError: onnx is not installed, no such file, or another kind of network.
         W2SError: the file is damaged.
     """
+    from w2s_jax.runtime.predictor import open_session
+
     try:
         import onnx
     except ImportError as error:
@@ -292,9 +294,14 @@ def count(file: str | Path, seconds: float = 5.0) -> dict:
     wanted -= {value.name for value in (*graph.input, *graph.output)} | set(stored)
     names = [value.name for value in graph.output] + sorted(wanted)
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(wanted))
-    session, feed = _session(model.SerializeToString(), seconds, 1)
-    values = dict(zip(names, _run(session, feed, file, names), strict=True)) | feed
-    shapes = {name: np.shape(value) for name, value in values.items()} | {name: shape for name, (shape, _) in stored.items()}
+    session, path = open_session(model.SerializeToString())
+    macs = 0
+    for feed in _feeds(session, path, seconds):
+        values = dict(zip(names, _run(session, feed, file, names), strict=True)) | feed
+        shapes = {name: np.shape(value) for name, value in values.items()} | {
+            name: shape for name, (shape, _) in stored.items()
+        }
+        macs += sum(_macs(node, shapes) for node in products)
     kinds = {name: onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype) for name in entering - set(stored)}
     kinds |= {name: kind for name, (_, kind) in stored.items()}
     about = {prop.key: prop.value for prop in model.metadata_props}
@@ -302,7 +309,7 @@ def count(file: str | Path, seconds: float = 5.0) -> dict:
     weights = sum(math.prod(shapes[name]) for name in entering if shapes[name] and kinds[name] in _WEIGHTS)
     return {
         "parameters": _recorded(about) or weights,
-        "macs": sum(_macs(node, shapes) for node in products),
+        "macs": macs,
         "uncounted": sorted(set(_uncounted(alive))),
     }
 
@@ -498,7 +505,11 @@ def _published(name: str) -> dict:
 
 def _described(file: Path) -> dict:
     """What a file and its directory say of themselves."""
-    about = _session(file, 1.0, 1)[0].get_modelmeta().custom_metadata_map
+    from w2s_jax.runtime.predictor import open_session
+
+    session, path = open_session(file)
+    _feeds(session, path, 1.0)  # refuses what cannot be measured
+    about = session.get_modelmeta().custom_metadata_map
     kinds = {name: kind for kind, name in FILES.items()}
     row = {"model": file.absolute().parent.name if file.name in kinds else file.name}
     row["kind"] = about.get("kind") or kinds.get(file.name)
@@ -630,16 +641,28 @@ def _ready(file: str | Path | bytes, seconds: float, threads: int, engine: str) 
     """A function that runs a model once on noise, and the seconds of audio that it hears."""
     if engine == "openvino":
         return _openvino(file, seconds, threads)
-    session, feed = _session(file, seconds, threads)
+    from w2s_jax.runtime.predictor import Pieces, in_pieces, open_session
+
+    session, path = open_session(file, threads)
+    if in_pieces([end.name for end in session.get_inputs()]):
+        wave = _wave(seconds)
+        return functools.partial(Pieces(session, path), wave), len(wave) / SAMPLING_RATE
+    (feed,) = _feeds(session, path, seconds)
     return functools.partial(_run, session, feed, file), next(iter(feed.values())).shape[-1] / SAMPLING_RATE
 
 
-def _session(file: str | Path | bytes, seconds: float, threads: int):
-    """A session and what it is fed."""
-    from w2s_jax.runtime.predictor import open_session
+def _feeds(session, path: str, seconds: float) -> list[dict[str, np.ndarray]]:
+    """What a session is fed to hear noise: once, or piece by piece."""
+    from w2s_jax.runtime.predictor import Pieces, in_pieces
 
-    session, path = open_session(file, threads)
-    return session, _noise(path, [(end.name, end.type, end.shape) for end in session.get_inputs()], seconds)
+    inputs = [(end.name, end.type, end.shape) for end in session.get_inputs()]
+    if in_pieces([name for name, _, _ in inputs]):
+        return list(Pieces(session, path).feeds(_wave(seconds)))
+    return [_noise(path, inputs, seconds)]
+
+
+def _wave(seconds: float) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(round(seconds * SAMPLING_RATE)).astype(np.float32)
 
 
 def _noise(path: str, inputs: Sequence[tuple], seconds: float) -> dict[str, np.ndarray]:
@@ -688,6 +711,11 @@ def _openvino(file: str | Path | bytes, seconds: float, threads: int) -> tuple[C
             kind = "tensor(float)" if end.element_type == openvino.Type.f32 else str(end.element_type)
             sizes = [None if size.is_dynamic else size.get_length() for size in end.partial_shape]
             inputs.append((end.any_name, kind, sizes))
+        if len(inputs) > 1:
+            from w2s_jax.runtime.predictor import in_pieces  # onnxruntime's memory is not to be counted for all the others
+
+            if in_pieces([name for name, _, _ in inputs]):
+                raise _NotForOpenVINO("it hears a recording piece by piece, which Predictor does in onnxruntime")
         feed = _noise(str(file), inputs, seconds)
         request = compiled.create_infer_request()
         run = functools.partial(request.infer, feed, share_inputs=True)

@@ -726,14 +726,13 @@ def export(
         print(line, file=sys.stderr, flush=True)
 
     def figures(files: dict[str, Path]) -> dict[str, dict]:
-        whole = {kind: file for kind, file in files.items() if kind != "chunked"}  # it has more inputs than a waveform
-        say(f"measuring {len(whole)} files")
-        found = measuring.measure(whole, 5.0, 20, 1, against=against)
-        if line := measuring.slower({kind: found[kind]["milliseconds"] for kind in whole}):
+        say(f"measuring {len(files)} files")
+        found = measuring.measure(files, 5.0, 20, 1, against=against)
+        if line := measuring.slower({kind: found[kind]["milliseconds"] for kind in files}):
             say(line)
         keys = ("milliseconds", "peak_memory", *(["ratio"] if against else []))
         about = {"seconds": 5.0, "machine": measuring.machine()} | ({"against": against.name} if against else {})
-        return {kind: {key: found[kind][key] for key in keys} | about for kind in whole}
+        return {kind: {key: found[kind][key] for key in keys} | about for kind in files}
 
     waves = checks = None
     if calibration is not None:

@@ -508,7 +508,6 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
 {warning}
 ```python
 from w2s_jax.runtime import Predictor
-from w2s_jax.runtime.predictor import first_state
 
 predictor = Predictor({json.dumps(name)})
 print(predictor(wave, 16000))  # {{{", ".join(f'"{dimension}": ...' for dimension in dimensions)}}}

@@ -71,7 +71,7 @@ class Predictor:
         self.dimensions = self._names(dimensions, outputs)
         self.sampling_rate = self._number("sampling_rate", SAMPLING_RATE)
         self.minimum_samples = self._number("minimum_samples", MINIMUM_SAMPLES)
-        self._pieces = _Pieces(self._session, self.metadata, self.path) if len(self._session.get_inputs()) > 1 else None
+        self._pieces = Pieces(self._session, self.path) if len(self._session.get_inputs()) > 1 else None
 
     def __call__(self, wave: np.ndarray, sampling_rate: int = SAMPLING_RATE) -> dict[str, float]:
         """The values of one recording.
@@ -261,13 +261,26 @@ class Predictor:
         return dict(zip(self.dimensions, logits[0].tolist(), strict=True))
 
 
-class _Pieces:
-    """Hears a recording in pieces, with the result of hearing it whole: for the kind "chunked"."""
+def in_pieces(names: Sequence[str]) -> bool:
+    """Whether a model with inputs of these names hears a recording in pieces: the kind "chunked"."""
+    return tuple(names) == (SIGNAL, *CARRIED)
 
-    def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, str], path: Path):
+
+class Pieces:
+    """Hears a recording in pieces, with the result of hearing it whole.
+
+    Args:
+        session: of the kind "chunked"; its metadata says how to cut.
+        path: for messages.
+
+    Raises:
+        W2SError: the metadata does not say how to cut.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, path: str | os.PathLike):
         self._session = session
         try:
-            cut = json.loads(metadata["chunk"])
+            cut = json.loads(session.get_modelmeta().custom_metadata_map["chunk"])
             self._stride, self._halo, self._tokens, self._hop, self._n_fft = (
                 int(cut[key]) for key in ("stride", "halo", "tokens", "hop", "n_fft")
             )
@@ -278,13 +291,19 @@ class _Pieces:
 
     def __call__(self, wave: np.ndarray) -> np.ndarray:
         """float32 [T] → logits [1, D]; the normalisation is that of the whole recording."""
+        state = None
+        for feed in self.feeds(wave):
+            logits, state = self._session.run([LOGITS, NEXT], feed if state is None else feed | {CARRIED[0]: state})
+        return logits
+
+    def feeds(self, wave: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """What the model is fed, piece by piece, for float32 [T]; the state is the first one in all of them."""
         blocks = [slice(start, start + BLOCK) for start in range(0, len(wave), BLOCK)]
         mean = sum(wave[block].sum(dtype=np.float64) for block in blocks) / len(wave)
         power = sum(np.square(wave[block] - mean).sum(dtype=np.float64) for block in blocks) / len(wave)
         scale = 1 / np.sqrt(power + NORM_EPSILON)
         frames = 1 + (len(wave) - self._n_fft) // self._hop
         tokens = -(-frames // self._stride)
-        state = self._start
         for start in range(0, tokens, self._tokens):
             end = min(start + self._tokens, tokens)
             first = max(0, start * self._stride - self._halo)
@@ -292,10 +311,8 @@ class _Pieces:
             piece = wave[first * self._hop : (last - 1) * self._hop + self._n_fft]
             before = start - first // self._stride
             bounds = (np.array([bound], np.int64) for bound in (before, before + end - start))
-            feed = dict(zip(CARRIED, (state, *bounds), strict=True))
             signal = ((piece - mean) * scale).astype(np.float32)
-            logits, state = self._session.run([LOGITS, NEXT], {SIGNAL: signal[None], **feed})
-        return logits
+            yield {SIGNAL: signal[None], **dict(zip(CARRIED, (self._start, *bounds), strict=True))}
 
 
 def first_state(features: int) -> np.ndarray:
