@@ -200,13 +200,18 @@ def forty_hours(bank, tmp_path_factory):
     return banks.Bank(root)
 
 
+def far_views(bank):
+    views = draw(bank, per_clip=2, seconds=(0.5,), mix=0.5, seed=0)
+    views.columns["offset"] %= 20_000  # into the noise
+    views.columns["partner_offset"] %= 20_000
+    return views
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", ["host", "device"])
 def test_forty_hours_train(forty_hours, placement, tmp_path):
     assert forty_hours.samples > 2**31
-    views = draw(forty_hours, per_clip=2, seconds=(0.5,), mix=0.5, seed=0)
-    views.columns["offset"] %= 20_000  # into the noise
-    views.columns["partner_offset"] %= 20_000
+    views = far_views(forty_hours)
     values = np.random.default_rng(0).random((len(views), 3)).astype(np.float32)
     about = {"teacher": {"name": "random", "stand_in": True, "licence": "none"}}
     labels = Labels(("arousal", "dominance", "valence"), values, {}, about)
@@ -214,6 +219,11 @@ def test_forty_hours_train(forty_hours, placement, tmp_path):
     told = []
     training.train(config.load("wav2small", chosen), forty_hours, views, labels, tmp_path / "run", say=told.append)
     assert f"bank on the {placement}: 39.3 hours" in told[0]
+
+
+@pytest.mark.slow
+def test_forty_hours_are_heard_to_the_end(forty_hours):
+    views = far_views(forty_hours)
     train = views.where("train")
     last = train[np.argsort(views.columns["clip"][train])[-16:]]  # clips that begin beyond 2³¹ samples
     assert (forty_hours.starts[views.columns["clip"][last]] > 2**31).all()

@@ -723,7 +723,7 @@ LIVE_LENGTHS = (1000, 1599, 16_000, 47_999, 160_000)
 
 @pytest.mark.torch
 @pytest.mark.parametrize(("kind", "number"), [(kind, number) for kind in KINDS for number in range(len(SHAPES[kind]))])
-def test_outputs_are_torchs_live(kind, number, tmp_path):
+def test_outputs_are_torchs_live(kind, number, tmp_path, compiled_at_once):
     pytest.importorskip("torch")
     config = {**SMALL[kind], **SHAPES[kind][number]}
     normalisation = {"wav2vec2": None, "wavlm": ("official", "paper")[number % 2]}[kind]
