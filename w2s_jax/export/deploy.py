@@ -24,6 +24,8 @@ Forward = Callable[[Sequence[Array], Array], Array]
 
 #: Numbers that are added one after another where a sum has to be exact.
 TERMS = 64
+#: onnxruntime's fast convolutions write so many channels at a time.
+BLOCK = 16
 #: The front end leaves natural logarithms; this turns them into dB.
 DECIBEL = 10 / np.log(10)
 
@@ -38,13 +40,13 @@ class Weights(list):
         return len(self) - 1
 
 
-def deploy(student: nn.Module, variables: dict, block: int = 1) -> tuple[Forward, list]:
+def deploy(student: nn.Module, variables: dict, filled: str = "none") -> tuple[Forward, list]:
     """The function to export for a student, and its weights.
 
     Args:
         student, variables: as ``checkpoint.load_student`` returns them.
-        block: the channels between the layers of a Wav2Small trunk are filled with zeros up to a multiple of it, which changes
-            no result. onnxruntime's int8 convolution has a fast kernel for multiples of 16 only. Other students' channels are
+        filled: where zeros fill up the channels of a Wav2Small's trunk to a multiple of ``BLOCK``, which changes no result:
+            "none"; "pool", before and behind the layer that pools; "all", between all layers. Other students' channels are
             left as they are.
 
     Returns:
@@ -54,9 +56,9 @@ def deploy(student: nn.Module, variables: dict, block: int = 1) -> tuple[Forward
     weights = Weights()
     match student:
         case Wav2Small():
-            forward = _wav2small(student, variables, block, weights)
+            forward = _wav2small(student, variables, filled, weights)
         case Wav2Small17K():
-            forward = _wav2small_17k(student, variables, block, weights)
+            forward = _wav2small_17k(student, variables, filled, weights)
         case MobileNetStudent():
             forward = _mobilenet(student, variables, weights)
         case CNN14():
@@ -66,9 +68,9 @@ def deploy(student: nn.Module, variables: dict, block: int = 1) -> tuple[Forward
     return forward, list(weights)
 
 
-def _wav2small(student: Wav2Small, variables: dict, block: int, weights: Weights) -> Forward:
+def _wav2small(student: Wav2Small, variables: dict, filled: str, weights: Weights) -> Forward:
     params = float64(variables["params"])
-    trunk = _trunk(student, variables, block, weights)
+    trunk = _trunk(student, variables, filled, weights)
     mix, adv = params["mix"], params["adv"]
     if student.pooling == "attention":
         parts, finish = _softmax_pooling(student, variables, weights)
@@ -88,8 +90,8 @@ def _wav2small(student: Wav2Small, variables: dict, block: int, weights: Weights
     return forward
 
 
-def _wav2small_17k(student: Wav2Small17K, variables: dict, block: int, weights: Weights) -> Forward:
-    trunk = _trunk(student, variables, block, weights)
+def _wav2small_17k(student: Wav2Small17K, variables: dict, filled: str, weights: Weights) -> Forward:
+    trunk = _trunk(student, variables, filled, weights)
     parts, finish = _softmax_pooling(student, variables, weights)
     return lambda w, wave: finish(w, _softmax_mean(*parts(w, trunk(w, wave))))
 
@@ -117,12 +119,12 @@ def _softmax_pooling(student: Wav2Small | Wav2Small17K, variables: dict, weights
     return lambda w, x: (_tokens(value(w, x)), _tokens(score(w, x))), finish
 
 
-def in_chunks(student: nn.Module, variables: dict, block: int = 1) -> tuple[Callable, list, dict[str, int]]:
+def in_chunks(student: nn.Module, variables: dict, filled: str = "none") -> tuple[Callable, list, dict[str, int]]:
     """A student up to its softmax over time, for a piece of a recording.
 
     Args:
         student: a Wav2Small or Wav2Small17K that pools by attention.
-        variables, block: as for ``deploy``.
+        variables, filled: as for ``deploy``.
 
     Returns:
         A pure function ``(weights, signal)`` → ``{"value": [features, tokens], "score": [features, tokens]}``, signal float32
@@ -131,7 +133,7 @@ def in_chunks(student: nn.Module, variables: dict, block: int = 1) -> tuple[Call
         much behind the last one, except where the recording begins and ends.
     """
     weights = Weights()
-    trunk = _trunk(student, variables, block, weights, normalised=True)
+    trunk = _trunk(student, variables, filled, weights, normalised=True)
     parts, _ = _softmax_pooling(student, variables, weights)
 
     def forward(w: Sequence[Array], signal: Array) -> dict[str, Array]:
@@ -259,19 +261,20 @@ def trunk_layers(student: Wav2Small | Wav2Small17K, variables: dict) -> list[tup
 
 
 def _trunk(
-    student: Wav2Small | Wav2Small17K, variables: dict, block: int, weights: Weights, normalised: bool = False
+    student: Wav2Small | Wav2Small17K, variables: dict, filled: str, weights: Weights, normalised: bool = False
 ) -> Forward:
     """Waveform [1, T] → the last ReLU image [1, channels, mel, time], as both students share it."""
     image = _log_mel(student, variables, weights, normalised)
     depth = student.before + student.after
+    full = {"none": set(), "pool": {student.before} - {depth}, "all": set(range(1, depth))}[filled]  # whose outputs
     layers = [
         _convolution(
             kernel,
             bias,
             Conv(student.kernel, student.stride if layer == 1 else 1, 0, relu),
             weights,
-            inputs=1 if layer == 1 else block,
-            outputs=1 if layer == depth else block,
+            inputs=BLOCK if layer - 1 in full else 1,
+            outputs=BLOCK if layer in full else 1,
         )
         for layer, (kernel, bias) in enumerate(trunk_layers(student, variables), start=1)
     ]

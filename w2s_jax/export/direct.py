@@ -17,8 +17,8 @@ from w2s_jax.export.quantize import COVERAGE, best_coverage, covered
 from w2s_jax.models.frontend import MEL_FLOOR, NORM_EPSILON
 from w2s_jax.models.wav2small import Wav2Small, Wav2Small17K
 
-#: onnxruntime's fast convolution of eight-bit numbers needs multiples of 16 outputs and of 4 inputs; zeros fill up.
-OUTPUTS, INPUTS = 16, 4
+#: Besides whole blocks of outputs, onnxruntime's fast convolution of eight-bit numbers needs inputs in multiples of this.
+INPUTS = 4
 #: Tokens of which no sum may overflow, whatever their scores: 17 minutes of Wav2Small's.
 SAFE_TOKENS = 1 << 18
 #: onnxruntime's own operators.
@@ -91,7 +91,7 @@ def integer(student, variables: dict, ends: Sequence[float], largest: int = 127,
     """
     pieces = Pieces()
     image = _log_mel(pieces, student, variables, ends[0])
-    channels = student.channels + -student.channels % OUTPUTS
+    channels = student.channels + -student.channels % deploy.BLOCK
     mels = 1 + (student.n_mels - 1) // student.stride
     reach = student.kernel // 2
     layers = zip(deploy.trunk_layers(student, variables), ends[1:], strict=True)

@@ -18,7 +18,7 @@ from w2s_jax.artifacts import FILES, UsageError, W2SError, write_atomic
 from w2s_jax.export import direct, litert
 from w2s_jax.export import onnx as graph
 from w2s_jax.export.compact import compact
-from w2s_jax.export.deploy import deploy, in_chunks
+from w2s_jax.export.deploy import BLOCK, deploy, in_chunks
 from w2s_jax.export.quantize import COVERAGE, quantize
 from w2s_jax.metrics import ccc
 from w2s_jax.runtime import Predictor
@@ -50,8 +50,6 @@ PARITY_LIMIT = 1e-4
 PARITY_LENGTHS = (127, 1021, 8191, 16_000, 31_991, 80_000, 960_000)
 #: Fewer calibration waves than this say nothing about the ranges, or about a CCC.
 LEAST_WAVES = 8
-#: Zeros may fill the Wav2Smalls' channels to this multiple: onnxruntime's fast convolutions work on that many at a time.
-BLOCK = 16
 #: Tokens of a piece of the kind "chunked": about 1 s of Wav2Small's.
 CHUNK = 256
 #: Largest whole number of a weight with so many bits.
@@ -165,22 +163,28 @@ def export_student(
     return report
 
 
-def fp32_graph(student, variables: dict, probes: Sequence[np.ndarray], block: int | None = None) -> tuple:
+def fp32_graph(student, variables: dict, probes: Sequence[np.ndarray], filled: str | None = None) -> tuple:
     """A student's float32 graph and what each graph pass changed.
 
     Args:
         student, variables: the student.
         probes: float32 [T] each, to judge passes by.
-        block: as for ``deploy``; default: what suits float32.
+        filled: as for ``deploy``; default: what suits float32.
     """
-    block = block or _block(student)
-    model = graph.convert(*deploy(student, variables, block), student.dimensions, student.minimum_samples)
+    model = graph.convert(*deploy(student, variables, filled or _filled(student)), student.dimensions, student.minimum_samples)
     return graph.simplify(model, probes)
 
 
-def _block(student) -> int:
-    """Filling up 13 channels to 16 saves float32 some reordering; filling up 8 would cost more than it saves."""
-    return BLOCK if direct.fits(student) and -student.channels % BLOCK <= student.channels / 4 else 1
+def _filled(student) -> str:
+    """Where filling up channels makes float32 fast: its convolutions read fewer than 16 as they are, its pooling does not.
+
+    From 16 on they want whole blocks as well; but filling up 24 costs more than it saves.
+    """
+    if not direct.fits(student):
+        return "none"
+    if student.channels < BLOCK:
+        return "pool"
+    return "all" if -student.channels % BLOCK <= student.channels / 4 else "none"
 
 
 def build(
@@ -229,15 +233,15 @@ def build(
         four = kind == "int8-int4"
         model, how = direct.quantize_direct(student, variables, fp32, calibration, told, coverages, largest, four)
     else:  # of other students int8 is the standard form too: onnxruntime makes its own operators of it when it loads the file
-        if direct.fits(student) and _block(student) < BLOCK:  # eight-bit convolutions need whole blocks in any case
-            fp32, _ = fp32_graph(student, variables, _probes(calibration[:2], student.minimum_samples), BLOCK)
+        if direct.fits(student) and _filled(student) != "all":  # eight-bit convolutions need whole blocks in any case
+            fp32, _ = fp32_graph(student, variables, _probes(calibration[:2], student.minimum_samples), "all")
         model, how = quantize(fp32, calibration, told, coverages, largest)
     return _packed(model, facts), {"calibration_waves": len(calibration), "weight_bits": largest.bit_length() + 1, **how}
 
 
 def _chunked(student, variables: dict) -> tuple:
     """The graph of the kind "chunked", and how to cut a recording for it."""
-    forward, weights, cut = in_chunks(student, variables, _block(student))
+    forward, weights, cut = in_chunks(student, variables, _filled(student))
     shortest = np.zeros((1, student.minimum_samples), np.float32)
     features = len(forward(weights, shortest)["value"])
     shape = (features, "tokens")
