@@ -41,7 +41,7 @@ VARIANTS = {
     "": {**LONG, "student": "wav2small", "steps": 3900},
     "17k": {**LONG, "student": "wav2small_17k", "steps": 4160},
     "mobilenet_v4_s": {**LONG, "student": "mobilenet_v4_s", "steps": 2050, "learning_rate": 1e-3},
-    "mobilenet_v3_s": {**LONG, "student": "mobilenet_v3_s", "steps": 1715, "learning_rate": 1e-3},
+    "mobilenet_v3_s": {**LONG, "student": "mobilenet_v3_s", "steps": 1500, "learning_rate": 1e-3},
     "small": {"steps": 30, "eval_every": 15},
 }
 

@@ -230,6 +230,7 @@ def test_macs_are_those_of_the_paper(exported):
     if config["student"] == "wav2small":
         # by hand; the zero sine rows and the 1×1 convolution are folded away, and the mel matrix adds up re² and im²
         sums = 2 * (1250 * 64 + 20 * 64 + 1 * 64)  # mean and power of 80,000 samples, added up in a tree
+        sums += 2 * 169 * 20 * 64  # the pooling's sums over time, likewise
 
         def macs(widths):  # channels of the first three layers, which are before the pool, and of the next three
             a, b, c, d, e, f = widths
@@ -296,7 +297,7 @@ def test_clean_graph(exported):
                 kinds.append(node.op_type)
         assert kinds.count("Relu") == 7
         assert "Expand" not in kinds  # no broadcast is written out
-        assert len(kinds) < 70  # no arithmetic on the length is left
+        assert len(kinds) < 75  # no arithmetic on the length is left
 
 
 @pytest.fixture(scope="module")

@@ -843,7 +843,7 @@ def bench(
         cells = work.shown(row)
         grid.add_row(*(cells[at] for at in kept))
     (out if out.is_terminal else Console(width=width)).print(grid)
-    out.print("students have random weights; RTF is time divided by the length of the audio")
+    out.print(f"{'students have random weights; ' if students else ''}RTF is time divided by the length of the audio")
     if against:
         out.print(f"ratio: time divided by that of {against} in onnxruntime, the median of pairs")
     out.print(f"files: {', '.join(str(path) for path in sorted(into.glob('bench.*')))}")

@@ -373,7 +373,13 @@ def _attention_output(pool: dict, adv: dict, weights: Weights) -> Forward:
 def _softmax_mean(value: Array, score: Array) -> Array:
     """Softmax-weighted mean over time, divided once at the end: two times [1, features, 1, time] → [1, features]."""
     weight = jnp.exp(score - score.max(axis=3, keepdims=True))
-    return ((value * weight).sum(axis=3) / weight.sum(axis=3)).reshape(1, -1)
+    ones = jnp.ones((1, 1, 1, TERMS), jnp.float32)
+
+    def total(x: Array) -> Array:  # in two steps, as _exact_mean and for its reason
+        rows = _convolve(x.reshape(x.shape[1], 1, 1, -1), ones, ((0, 0), (0, TERMS - 1)), (1, TERMS))
+        return rows.sum(axis=3).reshape(1, -1)
+
+    return total(value * weight) / total(weight)
 
 
 def _tokens(image: Array) -> Array:
