@@ -266,7 +266,8 @@ def _trunk(
     """Waveform [1, T] → the last ReLU image [1, channels, mel, time], as both students share it."""
     image = _log_mel(student, variables, weights, normalised)
     depth = student.before + student.after
-    full = {"none": set(), "pool": {student.before} - {depth}, "all": set(range(1, depth))}[filled]  # whose outputs
+    # layers whose outputs are filled up; the last one's are the tokens
+    full = {"none": set(), "pool": {student.before} - {depth}, "all": set(range(1, depth))}[filled]
     layers = [
         _convolution(
             kernel,
