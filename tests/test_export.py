@@ -430,7 +430,8 @@ def test_every_row_of_a_mobilenet_is_exported(waves):
     expected = np.concatenate([student.apply(variables, wave[None]) for wave in waves[:2]])
     np.testing.assert_allclose(graph.run(model, waves[:2]), expected, atol=1e-4 * max(1, np.abs(expected).max()))
     kinds = [node.op_type for node in model.graph.node]
-    assert (kinds.count("HardSigmoid"), kinds.count("GlobalAveragePool")) == (5, 2)  # 3 of hard swish, 2 of squeeze-excites
+    # 3 of hard swish and 2 of squeeze-excites; 2 of those, and what the pooling measures distances from
+    assert (kinds.count("HardSigmoid"), kinds.count("GlobalAveragePool")) == (5, 3)
     assert max(passes.values()) <= graph.PASS_LIMIT
 
 
