@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 
 from w2s_jax.config import default
 
-#: Steps are what 520 s of training allow on the machine of experiments/README.md, by step_time.py.
+#: Steps are what 520 s of training allow on the machine of experiments/README.md, by step_time.py; MobileNetV3-S has fewer.
 LONG = {"learning_rate": 3e-3, "crop": 0.6, "ema": 0.99, "weight_decay": 0.05, "eval_every": 250}
 #: ``small`` is what CI runs: a slice of the recordings and a few steps; it proves the chain, not the student.
 VARIANTS = {

@@ -434,10 +434,10 @@ def bench(
     if against is not None and not any(_same(file, against) for file in files.values()):
         files[str(against)] = Path(against)
     columns = [column for column in COLUMNS if column != "ratio" or against is not None]
-    table, together = [], {}
+    table, together, once = [], {}, functools.cache(say)
     for label, file in files.items():
         measured = [figures[key] for key in (_label(label, engine) for engine in ENGINES) if key in figures]
-        counted = _counted(file, label, seconds, say) if measured else {}
+        counted = _counted(file, label, seconds, once) if measured else {}
         for found in measured:
             row = dict.fromkeys(columns) | found | counted | rows[label]
             table.append(row)
