@@ -7,10 +7,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 #: kind → file of a model directory.
 FILES = {
@@ -64,35 +67,157 @@ def fingerprint(*parts: object) -> str:
 def write_atomic(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary)`` and rename the result to ``path``: a reader sees all of it or nothing.
 
-    ``write`` may make a file or a directory. A kill leaves at most a name that ends in ``.tmp``, which the next write replaces.
+    ``write`` may make a file or a directory; its temporary path has the final name, in a directory ``.w2s-….tmp`` beside it
+    that no other writer has. A kill at any moment leaves the old or the new, and at most such a directory, which a later
+    process removes; nobody else's files are touched. What is renamed has been flushed to the disk, so that a power failure
+    leaves the old or the new as well.
 
     Raises:
         W2SError: the disk is full, or the place cannot be written; names the path and the cause.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
-        write(temporary)
-        if temporary.is_dir() and path.exists():  # os.replace cannot replace a directory that has files in it
-            old = path.with_name(path.name + ".old.tmp")
-            _remove(old)
-            os.replace(path, old)
-            os.replace(temporary, path)
-            _remove(old)
-        else:
-            os.replace(temporary, path)
+        _sweep(path.parent)
+        with _temporary_place(path.parent) as place:
+            temporary = place / path.name
+            write(temporary)
+            _flush(temporary)
+            if temporary.is_dir():
+                _replace_directory(temporary, path, place / _OLD)
+            else:
+                os.replace(temporary, path)
     except OSError as error:
-        _remove(temporary)
         raise W2SError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+_LOCK, _OLD = ".w2s-lock", ".w2s-old"  # in a temporary place, beside what is being written
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+_swept: set[Path] = set()
+
+
+@contextlib.contextmanager
+def _temporary_place(parent: Path) -> Iterator[Path]:
+    """A new directory that is this writer's as long as it holds the lock in it; removed at the end with all that is left."""
+    while True:
+        place = Path(tempfile.mkdtemp(prefix=".w2s-", suffix=".tmp", dir=parent))
+        try:
+            lock = open(place / _LOCK, "a")  # noqa: SIM115 (held until the block ends)
+        except FileNotFoundError:
+            continue  # a sweeper came between
+        if _locked(lock) is not False and (os.name == "nt" or os.fstat(lock.fileno()).st_nlink):
+            break
+        lock.close()
+    try:
+        with lock:
+            yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _locked(file: IO) -> bool | None:
+    """Lock a file for this process, without waiting: whether it could; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        return False
+    return True
+
+
+def _places(parent: Path) -> list[Path]:
+    """Temporary places in a directory, of whomever."""
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        return [
+            Path(entry)
+            for entry in entries
+            if re.fullmatch(r"\.w2s-\w+\.tmp", entry.name) and entry.is_dir(follow_symlinks=False)
+        ]
+    return []
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed processes left in a directory, once a process.
+
+    A process that is gone has no lock any more, whatever has its number now; where there are no locks, nothing is removed.
+    """
+    if parent in _swept:
+        return
+    _swept.add(parent)
+    for place in _places(parent):
+        with contextlib.suppress(OSError):
+            if os.listdir(place) and not (place / _LOCK).exists():
+                continue  # not made here
+            for old in (place / _OLD).glob("*"):
+                _put_back(place, parent / old.name)
+            if os.name == "nt":
+                (place / _LOCK).unlink(missing_ok=True)  # Windows does not remove a file that is open
+                shutil.rmtree(place, ignore_errors=True)
+                continue
+            with open(place / _LOCK, "a") as lock:
+                if _locked(lock):
+                    shutil.rmtree(place, ignore_errors=True)
+
+
+def mend(path: str | os.PathLike) -> None:
+    """Put back a directory whose replacement was killed half-way.
+
+    Where the operating system exchanges two directories at once (Linux) there is nothing to mend. Elsewhere the old one is
+    moved away first, and this moves it back if the new one never came.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        for place in _places(path.parent):
+            _put_back(place, path)
+
+
+def _put_back(place: Path, path: Path) -> None:
+    if not os.path.lexists(path) and (place / path.name).exists():  # otherwise the new one has come, and went later
+        with contextlib.suppress(OSError):  # not there, or another process was faster
+            os.rename(place / _OLD / path.name, path)
+
+
+def _replace_directory(new: Path, path: Path, old: Path) -> None:
+    """Put ``new`` in the place of ``path``; what was there ends up beside ``new``, or in ``old``."""
+    while True:  # more than once if a reader has put the old one back, or another writer was faster
+        try:
+            os.rename(new, path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and not (os.name == "nt" and path.exists()):
+                raise
+        if _exchange(new, path):
+            return
+        shutil.rmtree(old, ignore_errors=True)
+        old.mkdir()
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, old / path.name)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one system call; False where that is not possible (not Linux, or an old file system)."""
+    import ctypes
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    return renameat2(here, os.fsencode(one.absolute()), here, os.fsencode(other.absolute()), exchange) == 0
+
+
+def _flush(path: Path) -> None:
+    """Have the content of a file, or of all files in a directory, on the disk: a rename may get there earlier than it."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            with open(file, "r+b") as opened:
+                os.fsync(opened.fileno())
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:

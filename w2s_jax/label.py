@@ -215,7 +215,7 @@ def _claim(out: Path, about: dict, force: bool, shares: Shares) -> None:
     plan = out / "plan.json"
     if force:
         shares.alone()
-        for stale in [*(out / "shards").glob("*"), out / "labels.json"]:
+        for stale in [*(out / "shards").glob("*.parquet"), out / "labels.json"]:
             stale.unlink(missing_ok=True)
     elif plan.exists():
         differing = _differing(read_json(plan, "label plan"), about)
