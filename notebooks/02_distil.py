@@ -82,7 +82,7 @@ first = {name: column[0] for name, column in the_views.columns.items()}
 print("the first view:", {name: round(first[name].item(), 1) for name in ("clip", "offset", "samples", "gain_db")})
 
 # %%
-clip = the_bank.clip(0) / 32768
+clip = the_bank.wave(0)
 seconds = np.arange(len(clip)) / 16000
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 3.4), sharex=True, layout="constrained")
 top.plot(seconds[::4], clip[::4], color="0.4", linewidth=0.4)

@@ -31,7 +31,9 @@ def test_samples_are_the_files(bank, corpus):
     for number in (0, 7, 23):
         at = list(bank.clips["name"]).index(f"{number:02d}.wav")
         expected, _ = soundfile.read(corpus / f"{number:02d}.wav", dtype="int16")
-        np.testing.assert_array_equal(bank.clip(at), expected)
+        assert bank.scales[at] == 2.0  # their peaks are at 0.3
+        np.testing.assert_array_equal(bank.clip(at), 2 * expected)
+        np.testing.assert_array_equal(bank.wave(at), expected / np.float32(32768))  # every bit
     assert bank.samples == sum(len(bank.clip(at)) for at in range(len(bank)))
     assert bank.clips["arousal"][list(bank.clips["name"]).index("04.wav")] == np.float32(0.22)
 
@@ -48,7 +50,7 @@ def test_a_bank_is_resumed_and_equal(corpus, tmp_path, monkeypatch):
     clips = corpora.read("csv", corpus / "corpus.csv")
     banks.build(clips, tmp_path / "whole")
     calls = []
-    real = banks.audio.load
+    real = banks.audio.blocks
 
     def failing(*args):
         calls.append(args)
@@ -56,12 +58,12 @@ def test_a_bank_is_resumed_and_equal(corpus, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(banks.audio, "load", failing)
+    monkeypatch.setattr(banks.audio, "blocks", failing)
     with pytest.raises(KeyboardInterrupt):
         banks.build(clips, tmp_path / "broken", workers=1)
     with pytest.raises(UsageError, match="no bank"):
         Bank(tmp_path / "broken")
-    monkeypatch.setattr(banks.audio, "load", lambda *args: calls.append(args) or real(*args))
+    monkeypatch.setattr(banks.audio, "blocks", lambda *args: calls.append(args) or real(*args))
     calls.clear()
     banks.build(clips, tmp_path / "broken")
     assert len(calls) == 24 - 10  # two whole shards of five were kept
@@ -145,7 +147,7 @@ def by_hand(bank, views, row):
     view = {name: column[row] for name, column in views.columns.items()}
 
     def piece(clip, offset):
-        wave = bank.clip(clip).astype(np.float64) / 32768
+        wave = bank.clip(clip).astype(np.float64) / 32768 / bank.scales[clip]
         return np.resize(np.roll(wave, -offset), view["samples"])
 
     wave = piece(view["clip"], view["offset"])

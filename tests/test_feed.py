@@ -195,7 +195,7 @@ def forty_hours(bank, tmp_path_factory):
     ]
     pq.write_table(banks.pa.Table.from_pylist(rows, schema=banks._SCHEMA), root / "clips.parquet")
     about = json.loads((bank.path / "bank.json").read_text())
-    about |= {"clips": clips, "samples": clips * samples, "shards": shards, "fingerprint": "forty hours"}
+    about |= {"version": 1, "clips": clips, "samples": clips * samples, "shards": shards, "fingerprint": "forty hours"}
     (root / "bank.json").write_text(json.dumps(about))
     return banks.Bank(root)
 

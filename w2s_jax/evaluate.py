@@ -203,7 +203,7 @@ def evaluate_teacher(
             batch = members[at : at + size]
             waves = np.zeros((len(batch), width), np.float32)
             for wave, clip, length in zip(waves, clips[batch], samples[batch], strict=True):
-                wave[:length] = bank.clip(clip)[:length] / np.float32(32768)
+                wave[:length] = bank.wave(clip, length)
             predicted[batch] = teacher(waves, samples[batch]) if devices else teacher(waves)
             done += len(batch)
             if progress:

@@ -150,7 +150,7 @@ def _held_out(bank: Bank) -> tuple[np.ndarray, str]:
     clips = np.flatnonzero(bank.clips["split"] == "test")
     speaker = bank.clips["speaker"][clips[0]]
     own = clips[bank.clips["speaker"][clips] == speaker][:4]
-    return np.concatenate([bank.clip(clip) for clip in own]).astype(np.float32) / 32768, str(speaker)
+    return np.concatenate([bank.wave(clip) for clip in own]), str(speaker)
 
 
 def _draw(path: Path, wave: np.ndarray, name: str, predictor: Predictor, teacher) -> None:

@@ -22,8 +22,9 @@ class Recipe(NamedTuple):
     """A batch of views as arrays [B]; integers are int32, the rest float32.
 
     ``row`` and ``column`` say where the clip begins in a bank of rows, ``length`` how many samples it has, ``offset`` where
-    in it the view begins; ``partner_…`` the same of what is mixed in. ``gain`` and ``partner_level`` are amplitudes;
-    ``partner_level`` is the partner's level relative to the view's own (10^(-SNR/20)), 0 where there is none.
+    in it the view begins; ``partner_…`` the same of what is mixed in. ``gain`` and ``partner_level`` are amplitudes:
+    ``gain`` is what the bank's samples are multiplied by, ``partner_level`` the partner's level relative to the view's own
+    (10^(-SNR/20)), 0 where there is none.
     """
 
     row: Array
@@ -53,13 +54,17 @@ def recipes(bank: Bank, views: Views, chosen: np.ndarray, starts: np.ndarray | N
         *(array.astype(np.int32) for array in np.divmod(starts[partner], ROW)),
         bank.clips["samples"][partner],
         columns["partner_offset"],
-        *levels(views, chosen),
+        *levels(bank, views, chosen),
     )
 
 
-def levels(views: Views, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Decibels to amplitudes: ``gain`` and ``partner_level`` of some views, float32 [len(rows)] each."""
-    gain = 10.0 ** (views.columns["gain_db"][rows] / 20.0)
+def levels(bank: Bank, views: Views, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Decibels to amplitudes: ``gain`` and ``partner_level`` of some views, float32 [len(rows)] each.
+
+    The gain is what the bank's samples are multiplied by, so that a clip that is stored at another level is heard at its own.
+    The partner's stored level does not matter: its level in the mixture is relative to the view's.
+    """
+    gain = 10.0 ** (views.columns["gain_db"][rows] / 20.0) / bank.scales[views.columns["clip"][rows]]
     level = 10.0 ** (-views.columns["snr_db"][rows] / 20.0)
     return gain.astype(np.float32), np.where(views.columns["partner"][rows] < 0, 0.0, level).astype(np.float32)
 
@@ -139,7 +144,7 @@ def pieces(bank: Bank, views: Views, rows: np.ndarray) -> tuple[np.ndarray, np.n
     mixed = columns["partner"] >= 0
     if mixed.any():
         partner[mixed] = bank.gather(columns["partner"][mixed], columns["partner_offset"][mixed], samples)
-    return own, partner, *levels(views, rows)
+    return own, partner, *levels(bank, views, rows)
 
 
 _mix = jax.jit(mix)
