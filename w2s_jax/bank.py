@@ -27,7 +27,7 @@ except ImportError as error:
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, audio
 from w2s_jax.artifacts import W2SError, fingerprint, locked, read_json, write_atomic, write_json
-from w2s_jax.corpora import SPLITS, Clip, check_splits
+from w2s_jax.corpora import SPLITS, Clip, check_splits, fault
 
 SHARD_CLIPS = 256
 _SCHEMA = pa.schema(
@@ -184,7 +184,9 @@ def _printable(value):
 
 def _decode(clip: Clip) -> tuple[np.ndarray | None, float, str]:
     try:
-        return *to_int16(audio.load(clip.file, clip.start, clip.end)), ""
+        samples, scale = to_int16(audio.load(clip.file, clip.start, clip.end))
+        reason = fault(clip, len(samples), silent=not samples.any())
+        return (None, 0.0, reason) if reason else (samples, scale, "")
     except (W2SError, OSError) as error:
         return None, 0.0, str(error)
 
