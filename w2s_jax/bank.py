@@ -14,6 +14,7 @@ a process), everything when ``build`` runs again.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -173,7 +174,7 @@ def build(
         shards, problems, read, done = [], [], [], 0
         while done < len(clips):
             ahead = clips[done : done + SHARD_CLIPS]
-            shard = _kept(out, len(shards), ahead, decoder.pool)
+            shard = _kept(out, len(shards), ahead)
             if shard is None:
                 (out / "bank.json").unlink(missing_ok=True)  # a bank that is being rebuilt is not a bank
 
@@ -219,7 +220,7 @@ def build(
             write_json(out / "bank.json", about)
         for stale in (out / "shards").iterdir():  # of a longer bank before; other people's files stay
             number = re.fullmatch(r"(\d{5,})\.(npy|parquet)", stale.name)
-            if number and int(number[1]) >= len(shards):
+            if number and int(number[1]) >= len(shards) and stale.is_file():
                 stale.unlink()
         return about
 
@@ -321,7 +322,7 @@ def _files(out: Path, shard: int) -> tuple[Path, Path]:
     return out / "shards" / f"{shard:05d}.npy", out / "shards" / f"{shard:05d}.parquet"
 
 
-def _kept(out: Path, number: int, clips: Sequence[Clip], pool: ThreadPoolExecutor) -> _Shard | None:
+def _kept(out: Path, number: int, clips: Sequence[Clip]) -> _Shard | None:
     """A shard from disk, if it was made of exactly these files (the first ones of ``clips``) and is whole."""
     samples_path, table_path = _files(out, number)
     try:
@@ -333,10 +334,8 @@ def _kept(out: Path, number: int, clips: Sequence[Clip], pool: ThreadPoolExecuto
             raise BankError(f"{table_path} is damaged")
         if facts["plan"] != _plan(clips[: shard.clips]) or not shard.clips:
             return None
-        lengths, sums = table["samples"].to_numpy(), table["sum"].to_pylist()
-        samples = _map(samples_path, int(np.sum(lengths, dtype=np.int64)))
-        pieces = np.split(samples, np.cumsum(lengths, dtype=np.int64)[:-1]) if len(lengths) else []
-        wrong = [at for at, found in enumerate(pool.map(_sum, pieces)) if found != sums[at]]
+        found = _sums(samples_path, table["samples"].to_pylist())
+        wrong = [at for at, (one, other) in enumerate(zip(found, table["sum"].to_pylist(), strict=True)) if one != other]
         if wrong:
             names = ", ".join(table["name"][at].as_py() for at in wrong[:3]) + ", …" * (len(wrong) > 3)
             raise BankError(f"{samples_path} is damaged in {len(wrong)} clips ({names})")
@@ -410,6 +409,13 @@ def _map(path: Path, samples: int) -> np.ndarray:
     Raises:
         BankError: it is not there, or holds something else.
     """
+    with _opened(path, samples) as file:
+        return np.memmap(file, "<i2", "r", file.tell(), (samples,)) if samples else np.zeros(0, np.int16)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, samples: int) -> Iterator[IO[bytes]]:
+    """An .npy file of int16 [samples], at its first sample."""
     header = _header(samples)
     try:
         with open(path, "rb") as file:
@@ -418,9 +424,22 @@ def _map(path: Path, samples: int) -> np.ndarray:
                 raise BankError(f"{path} is damaged: {size} bytes, expected {len(header) + 2 * samples}")
             if file.read(len(header)) != header:
                 raise BankError(f"{path} is damaged: not the header of int16 [{samples}]")
-            return np.memmap(file, "<i2", "r", len(header), (samples,)) if samples else np.zeros(0, np.int16)
+            yield file
     except OSError as error:
         raise BankError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _sums(path: Path, lengths: Sequence[int]) -> list[str]:
+    """The checksums of all clips of a shard; read, not mapped, as what is mapped counts as memory."""
+    sums = []
+    with _opened(path, sum(lengths)) as file:
+        for length in lengths:
+            digest, left = hashlib.sha256(), 2 * length
+            while left and (piece := file.read(min(left, 2**20))):
+                digest.update(piece)
+                left -= len(piece)
+            sums.append(digest.hexdigest()[:16])
+    return sums
 
 
 def _sum(samples: np.ndarray) -> str:
@@ -464,12 +483,11 @@ class _Decoder:
     """Decodes clips in threads, some ahead of what is asked for.
 
     Attributes:
-        pool: the threads.
         samples: decoded so far.
     """
 
     def __init__(self, clips: Sequence[Clip], scratch: Path, workers: int) -> None:
-        self.pool, self.samples = ThreadPoolExecutor(workers), 0
+        self._pool, self.samples = ThreadPoolExecutor(workers), 0
         self._clips, self._scratch, self._workers = clips, scratch, workers
         self._lock, self._next, self._decoded = threading.Lock(), -1, None
 
@@ -478,7 +496,7 @@ class _Decoder:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self.pool.shutdown()
+        self._pool.shutdown()
 
     def stop(self) -> None:
         """Give up what is decoded ahead."""
@@ -511,7 +529,7 @@ class _Decoder:
         try:
             while True:
                 while len(waiting) < 2 * self._workers and (clip := next(upcoming, None)) is not None:
-                    waiting.append(self.pool.submit(self._decode, clip, stop))
+                    waiting.append(self._pool.submit(self._decode, clip, stop))
                 if not waiting:
                     return
                 yield self._wait(waiting[0])
