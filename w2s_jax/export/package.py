@@ -392,7 +392,7 @@ def _tried(kind: str, predictor: Predictor, cases: Sequence[tuple[str, np.ndarra
         if kind in EXACT and not difference <= PARITY_LIMIT:  # not a number is no parity either
             raise W2SError(
                 f"the {kind} model and the Flax student differ by {difference:.2g} on {len(wave)} samples of {name}; "
-                f"the limit is {PARITY_LIMIT:.0e}"
+                f"the limit is {PARITY_LIMIT:.0e}{', nothing was written' * (kind == 'fp32')}"
             )
         worst, largest = max(worst, difference), max(largest, float(scale))
     lengths = sorted({len(wave) for _, wave, _ in cases})
