@@ -56,7 +56,7 @@ def toy(path, about=ABOUT, signal="signal"):
 def directory(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
     toy(place / "model.onnx")
-    toy(place / "model.int8.onnx", {**ABOUT, "kind": "int8"})
+    toy(place / "model.int8.onnx", {**ABOUT, "kind": "int8", "weight_bits": "7"})
     return place
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from w2s_jax import SAMPLING_RATE, __version__
 from w2s_jax.artifacts import FILES, UsageError, W2SError, missing_extra, write_atomic, write_json
+from w2s_jax.machine import INTEGER_KINDS
 
 #: arXiv 2408.13920: 5 s of audio, ONNX, one Xeon; CCC on MSP-Podcast v1.7 Test1. Only what is public.
 PUBLISHED: dict[str, dict] = {
@@ -47,8 +48,6 @@ COLUMNS = (
 KINDS = ("fp32", "int8")
 #: What can be asked for. Where that is onnxruntime, a .tflite file runs in LiteRT, as ``Predictor`` does it.
 ENGINES = ("onnxruntime", "openvino")
-#: Kinds that multiply integers, which is to be faster than fp32; the others of eight bits and less only save bytes.
-INTEGER_KINDS = ("int8", "qdq", "int8-int4")
 #: An Identity from x [time] to y as ONNX: the model of a process that does nothing.
 EMPTY = base64.b64decode(
     "CAg6QwoQCgF4EgF5IghJZGVudGl0eRIFZW1wdHlaEwoBeBIOCgwIARIICgYSBHRpbWViEwoBeRIOCgwIARIICgYSBHRpbWVCBAoAEBE="
@@ -164,7 +163,8 @@ def measure(
         ``ratio``: the median over the rounds of (time / time of the yardstick in the same round).
 
     Raises:
-        UsageError: no such file or engine, an engine that is not installed, another kind of network, or nothing that can run.
+        UsageError: no such file or engine, an engine that is not installed, another kind of network, 8-bit weights on a
+            processor whose sums of them overflow, or nothing that can run.
         W2SError: onnxruntime cannot run it.
     """
     if seconds <= 0 or runs < 1:
@@ -468,6 +468,7 @@ def bench(
 
 def slower(times: Mapping[str, float]) -> str | None:
     """What is to be said where eight bits do not pay: kind → milliseconds; None where they do."""
+    # what multiplies integers is to be faster than fp32; the other kinds of 8 bits and less only save bytes
     found = [f"{times[kind]:.2f} ms of {kind}" for kind in INTEGER_KINDS if times.get(kind, 0) > times.get("fp32", math.inf)]
     return f"fp32 is faster here: {times['fp32']:.2f} ms against {', '.join(found)}" if found else None
 

@@ -690,8 +690,8 @@ def export(
         typer.Option("--min-ccc", help="Least CCC with fp32, in every dimension, of a kind that rounds."),
     ] = 0.99,
     weight_bits: Annotated[
-        Bits, typer.Option(help="Of eight-bit kinds' weights; 7 for x86 CPUs without VNNI, where sums of 8 could overflow.")
-    ] = Bits.eight,
+        Bits, typer.Option(help="Of eight-bit kinds' weights; 8 only for ARM and x86 with VNNI: elsewhere their sums overflow.")
+    ] = Bits.seven,
     measured: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure time and memory on this machine for the report.")
     ] = True,
@@ -715,7 +715,7 @@ def export(
     all        all that this student can have
 
     fp32, litert and chunked are compared with Flax on lengths from 64 samples to 60 s, the others with fp32 on validation
-    audio. If one is not good enough, nothing is written.
+    audio. A kind that is not good enough is left out, with a warning and exit code 1; if fp32 is not, nothing is written.
     """
     if not run.is_dir():
         raise UsageError(f"no run at {run}: no such directory")
@@ -763,9 +763,14 @@ def export(
             f"{row['ratio']:.2f}" if "ratio" in row else "–",
             f"{memory / 1e6:.1f}" if memory is not None else "–",
         )
+    for kind in result["failed"]:
+        table.add_row(kind, "not written")
     (out if out.is_terminal else Console(width=120)).print(table)
     out.print(f"model directory: {into}")
     finish({"model": str(into), **result}, as_json)
+    if failed := result["failed"]:  # why, the warnings have said
+        all_kinds = len(result["kinds"]) + len(failed)
+        raise W2SError(f"{len(failed)} of {all_kinds} kinds not written: {', '.join(failed)}; {into} has the others")
 
 
 @app.command()

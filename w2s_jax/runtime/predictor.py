@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from w2s_jax import SAMPLING_RATE
+from w2s_jax import SAMPLING_RATE, machine
 from w2s_jax.artifacts import FILES, MismatchError, UsageError, W2SError
 
 SIGNAL, LOGITS = "signal", "logits"
@@ -47,7 +47,8 @@ class Predictor:
         path: the .onnx file.
 
     Raises:
-        UsageError: nothing at that path, no such kind, or another kind of network.
+        UsageError: nothing at that path, no such kind, another kind of network, or 8-bit weights on a processor whose sums of
+            them overflow.
         MismatchError: the names given are not as many as the outputs, or not those in the file.
         W2SError: the file is damaged.
 
@@ -354,7 +355,7 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
         threads: CPU threads per call.
 
     Raises:
-        UsageError: no such file, or no interpreter for it.
+        UsageError: no such file, no interpreter for it, or a file that would be wrong on this processor.
         W2SError: the file is damaged.
     """
     content = isinstance(source, bytes)
@@ -375,6 +376,7 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
         session = onnxruntime.InferenceSession(source if content else name, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exception classes share no base and depend on the fault
         raise W2SError(f"{name} is damaged or not an ONNX model: {_one_line(error)}") from error
+    machine.require_exact_sums(name, session.get_modelmeta().custom_metadata_map)
     return session, name
 
 

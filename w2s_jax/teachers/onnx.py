@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from w2s_jax import SAMPLING_RATE
+from w2s_jax import SAMPLING_RATE, machine
 from w2s_jax.artifacts import UsageError, W2SError, fingerprint, missing_extra
 
 
@@ -63,6 +63,7 @@ class OnnxTeacher:
         if isinstance(batch, int) and batch != 1 and self._rank > 1:
             raise UsageError(f"{path}: a teacher's batch is dynamic or 1; got {form}")
         metadata = self._session.get_modelmeta().custom_metadata_map
+        machine.require_exact_sums(path, metadata)
         if metadata.get("sampling_rate", str(SAMPLING_RATE)) != str(SAMPLING_RATE):
             raise UsageError(f"{path} expects {metadata['sampling_rate']} Hz; views have {SAMPLING_RATE} Hz")
         named = tuple(filter(None, metadata.get("dimensions", "").split(",")))
