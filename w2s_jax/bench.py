@@ -27,6 +27,7 @@ import numpy as np
 
 from w2s_jax import SAMPLING_RATE, __version__
 from w2s_jax.artifacts import FILES, UsageError, W2SError, missing_extra, write_atomic, write_json
+from w2s_jax.install import pip_install
 from w2s_jax.machine import INTEGER_KINDS
 
 #: arXiv 2408.13920: 5 s of audio, ONNX, one Xeon; CCC on MSP-Podcast v1.7 Test1. Only what is public.
@@ -460,7 +461,7 @@ def bench(
         try:
             import matplotlib  # noqa: F401 (asks whether it is there)
         except ImportError:
-            say("no picture: matplotlib is not installed; pip install 'w2s-jax[train]'")
+            say(f"no picture: matplotlib is not installed; {pip_install('train')}")
         else:
             picture(table, seconds, out / "bench.png")
     return table
