@@ -102,7 +102,8 @@ def test_silence(predictor):
     [
         (np.zeros(3, np.float32), UsageError, "at least 4 samples at 16000 Hz, got 3"),
         (np.zeros(0, np.float32), UsageError, "got 0"),
-        (np.zeros((16, 2), np.float32), UsageError, r"\[channels, T\], got \[16, 2\]"),
+        (np.zeros((16, 2), np.float32), UsageError, r"\[2, T\], got \[16, 2\]: turn it round"),
+        (np.zeros((3, 44_100), np.float32), UsageError, r"got \[3, 44100\]: average its channels .* or call for each clip"),
         (np.zeros((1, 2, 16), np.float32), UsageError, r"got \[1, 2, 16\]"),
         (np.zeros(16, np.int16), UsageError, "got int16"),
         (np.r_[ramp(9), np.nan, np.inf], W2SError, "sample 9 is nan"),
