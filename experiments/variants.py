@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from w2s_jax.artifacts import W2SError, write_atomic, write_json
+from w2s_jax.artifacts import UsageError, W2SError, write_atomic, write_json
 from w2s_jax.config import default
 
 #: Fields that differ from the published network's, by the name of the variant.
@@ -93,6 +93,9 @@ def sweep(
     bank, the_views = Bank(bank_path), views.read(views_path)
     the_labels = labels.read(labels_path, the_views)
     rows, files = [], {}
+    tested = len(set(the_views.columns["clip"][the_views.where("test")]))
+    if tested < evaluate.FEWEST_CLIPS:
+        raise UsageError(f"the views are of {tested} test clips; intervals of CCC need {evaluate.FEWEST_CLIPS} at least")
     for name in names:
         config = get_config(name)
         student = models.build(config.student, dimensions=len(the_labels.dimensions), **config.fields)

@@ -1,15 +1,31 @@
+import csv
 import dataclasses
 import os
 import sys
 import warnings
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
+import soundfile
+from conftest import voice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w2s_jax.artifacts import UsageError
-from w2s_jax.corpora import CORPORA, Clip, CorpusError, CorpusWarning, assign_splits, check_splits, read
+from w2s_jax import artifacts, bank
+from w2s_jax.artifacts import UsageError, W2SError
+from w2s_jax.corpora import (
+    CORPORA,
+    Clip,
+    CorpusError,
+    CorpusWarning,
+    assign_splits,
+    check_decoded,
+    check_splits,
+    drop_leaks,
+    find_leaks,
+    read,
+)
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="links and any bytes in names")
 
@@ -23,11 +39,11 @@ def strict():
 
 
 def touch(root, *names):
-    """Adapters look at names only, so the audio is one byte."""
+    """Adapters never decode, so the audio is a few bytes, but others in each file: equal files are one recording."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
+        path.write_bytes(os.fsencode(name))
     return root
 
 
@@ -184,6 +200,90 @@ def test_csv_times_of_audformat(tmp_path):
     rows = [f"a.wav,{t},{t + pandas.Timedelta(seconds=1)}" for t in times]
     clips = read("csv", table(tmp_path, "\n".join(["file,start,end", *rows]), "a.wav"))
     assert [clip.start for clip in clips] == pytest.approx(list(times.total_seconds()), abs=1e-9)
+
+
+#: What audformat 1.4.3 with pandas 3.1.1 wrote: db.save(root, storage_format="csv"), then DataFrame.to_csv of tables with
+#: audformat.segmented_index, whose times are "0 days" where a whole column is of whole days, and NaT or blank for "to the end".
+AUDFORMAT = {
+    "db.segments.csv": (
+        "file,start,end,arousal,emotion,speaker\n"
+        "a.wav,0 days 00:00:00.000000,0 days 00:00:01.500000,0.1,joy,s1\n"
+        "a.wav,0 days 00:00:01.500000,0 days 00:00:03.250000,0.5,anger,s1\n"
+        "b.wav,0 days 00:00:00.000000,,0.9,joy,s2\n",
+        [(0, 1.5), (1.5, 3.25), (0, None)],
+    ),
+    "db.files.csv": ("file,arousal\nc.wav,0.3\n", [(0, None)]),
+    "whole seconds": (
+        "file,start,end\n"
+        "a.wav,0 days 00:00:00,0 days 00:00:01.000000000\n"
+        "a.wav,0 days 00:00:01,0 days 00:01:00.000000000\n"
+        "a.wav,0 days 00:01:00,0 days 01:00:00.500000000\n"
+        "a.wav,1 days 00:00:00,1 days 01:00:00.123456789\n",
+        [(0, 1), (1, 60), (60, 3600.5), (86_400, 90_000.123456789)],
+    ),
+    "from the beginning": (
+        "file,start,end,x\na.wav,0 days,0 days 00:00:01,1\nb.wav,0 days,0 days 00:00:02,2\n",
+        [(0, 1), (0, 2)],
+    ),
+    "whole files": ("file,start,end,x\na.wav,0 days,,1\nb.wav,0 days,,2\n", [(0, None), (0, None)]),
+    "na_rep": ("file,start,end,x\na.wav,0 days,NaT,1\nb.wav,0 days,NaT,2\n", [(0, None), (0, None)]),
+}
+
+
+@pytest.mark.parametrize("name", AUDFORMAT)
+def test_tables_of_audformat_are_read(tmp_path, name):
+    text, expected = AUDFORMAT[name]
+    warnings.simplefilter("ignore")  # emotion, x: unknown columns
+    clips = read("csv", table(tmp_path, text, "a.wav", "b.wav", "c.wav"))
+    assert [(clip.start, clip.end) for clip in clips] == expected
+
+
+def test_a_table_in_parquet_is_named(tmp_path):
+    with pytest.raises(CorpusError, match="is parquet; expected CSV"):
+        read("csv", table(tmp_path, b"PAR1\x15\x04\x15", "a.wav"))
+
+
+@pytest.mark.parametrize(
+    "text", ["1e400", "1e300", "9" * 400, "9" * 5000 + " days", "1e5 days", "-1 days +23:59:59", "inf", "nan"]
+)
+def test_times_that_overflow_are_named_with_their_line(tmp_path, text):
+    with pytest.raises(CorpusError, match=r"1 x not a time \(line 3: end ") as caught:
+        read("csv", table(tmp_path, f"file,end\na.wav,1\na.wav,{text}\n", "a.wav"))
+    assert len(str(caught.value)) < 400
+
+
+def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no FIFOs here")
+    for name in ("x.csv", "labels.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UsageError, match=r"x\.csv: it is no regular file, but a pipe or a device; expected a CSV file"):
+        read("csv", tmp_path / "x.csv")
+    with pytest.raises(UsageError, match=r"/dev/zero: it is no regular file"):
+        read("csv", "/dev/zero")
+    with pytest.raises(UsageError, match=r"labels\.json: it is no regular file"):
+        artifacts.read_json(tmp_path / "labels.json", "labels")
+    iemocap(tmp_path, sessions=[1])
+    os.mkfifo(tmp_path / "Session1/dialog/EmoEvaluation/z.txt")
+    with pytest.raises(UsageError, match=r"z\.txt: it is no regular file"):
+        read("iemocap", tmp_path)
+
+
+def test_text_has_a_bound(tmp_path):
+    for name in ("x.csv", "labels.json"):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(2**40)  # a hole: it takes no place on the disk
+    with pytest.raises(UsageError, match=r"x\.csv is too large: 1,099,511,627,776 bytes; expected a CSV file of at most"):
+        read("csv", tmp_path / "x.csv")
+    with pytest.raises(UsageError, match=r"labels\.json is too large"):
+        artifacts.read_json(tmp_path / "labels.json", "labels")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
+    for name, message in (("deep", "not JSON"), ("latin", "not UTF-8")):
+        with pytest.raises(W2SError, match=f"{name}.json is damaged: {message}"):
+            artifacts.read_json(tmp_path / f"{name}.json", "labels")
+    with pytest.raises(UsageError, match="it is a directory"):
+        artifacts.read_text(tmp_path, "a table")
 
 
 def test_csv_unknown_columns_warn(tmp_path):
@@ -462,12 +562,21 @@ def test_assign_splits_is_the_same_everywhere():
 
 
 def test_assign_splits_few_units():
-    for n, expected in ((1, 1), (2, 2), (3, 3), (4, 3)):
+    for n, expected, empty in ((1, 1, "validation and test stay"), (2, 2, "(validation|test) stays"), (3, 3, ""), (4, 3, "")):
         clips = [clip(f"{s}/{i}", speaker=str(s)) for s in range(n) for i in range(10)]
-        assert len({c.split for c in assign_splits(clips)}) == expected
+        with pytest.warns(CorpusWarning, match=empty) if empty else warnings.catch_warnings():
+            assert len({c.split for c in assign_splits(clips)}) == expected
     done = assign_splits([clip(str(i)) for i in range(50)], fractions=(0.8, 0, 0.2))
     assert Counter(c.split for c in done) == {"train": 40, "test": 10}
     assert assign_splits([]) == []
+
+
+def test_an_empty_split_is_said_with_the_way_out(tmp_path):
+    touch(tmp_path, *(f"dataset/{i:02d}.wav" for i in range(49)))
+    clips = read("folder", tmp_path, split_by="folder")
+    with pytest.warns(CorpusWarning, match=r"validation and test stay empty: 49 of 49 clips share the group dataset.*folders"):
+        assert Counter(c.split for c in assign_splits(clips)) == {"train": 49}
+    assert {c.split for c in assign_splits(clips, fractions=(1, 0, 0))} == {"train"}  # asked for: no warning
 
 
 def test_assign_splits_respects_what_is_given():
@@ -500,7 +609,169 @@ def test_assign_splits_arguments():
 )
 def test_assigned_splits_never_share(rows, seed):
     clips = [clip(f"f{f}", speaker=s, group=g, start=float(i)) for i, (s, g, f) in enumerate(rows)]
+    warnings.simplefilter("ignore")  # few clips: a split may stay empty
     done = assign_splits(clips, seed=seed)
     check_splits(done)
     assert all(c.split for c in done)
     assert len({(c.file, c.split) for c in done}) == len({c.file for c in done})
+
+
+# --- one recording in two splits ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def twice(tmp_path):
+    """24 recordings, each there twice, as in a public data set; with another one of each size."""
+    for number in range(24):
+        for folder in ("one", "two"):
+            touch(tmp_path, f"{folder}/{number:02d}.wav").joinpath(folder, f"{number:02d}.wav").write_bytes(
+                bytes([number]) * 9000
+            )
+    touch(tmp_path, "head.wav", "tail.wav", "middle.wav")
+    (tmp_path / "head.wav").write_bytes(b"h" + bytes([3]) * 8999)
+    (tmp_path / "tail.wav").write_bytes(bytes([3]) * 8999 + b"t")
+    (tmp_path / "middle.wav").write_bytes(bytes([3]) * 4500 + b"m" + bytes([3]) * 4499)
+    return tmp_path
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_a_recording_stay_in_one_split(twice, seed):
+    clips = read("folder", twice)
+    assert len(clips) == 51
+    with pytest.warns(CorpusWarning, match=r"24 files have the content of another file \(two/00\.wav is one/00\.wav; …\)"):
+        done = assign_splits(clips, seed=seed)
+    of_recording = defaultdict(set)
+    for c in done:
+        if "/" in c.name:
+            of_recording[c.name[-6:]].add(c.split)
+    assert len(of_recording) == 24 and all(len(splits) == 1 for splits in of_recording.values())
+    counts = Counter(c.split for c in done)
+    assert (counts["train"], counts["validation"], counts["test"]) == pytest.approx((35.7, 7.65, 7.65), abs=2)
+
+
+def test_copies_follow_the_split_that_one_of_them_has(twice):
+    text = "file,split\none/00.wav,test\ntwo/00.wav,\none/01.wav,train\none/02.wav,validation\n"
+    (twice / "labels.csv").write_text(text)
+    with pytest.warns(CorpusWarning, match=r"1 file has the content of another file \(two/00\.wav is one/00\.wav\)"):
+        done = assign_splits(read("csv", twice / "labels.csv"))
+    assert [c.split for c in done] == ["test", "test", "train", "validation"]
+
+
+def test_copies_in_two_given_splits_are_refused_or_left_out_of_training(twice):
+    rows = [("one", n, "train") for n in range(10)] + [("two", n, "test") for n in range(4)] + [("two", 7, "validation")]
+    text = "file,split\n" + "".join(f"{folder}/{n:02d}.wav,{split}\n" for folder, n, split in rows)
+    (twice / "labels.csv").write_text(text)
+    with pytest.raises(CorpusError) as caught:
+        read("csv", twice / "labels.csv")
+    message = str(caught.value)
+    assert (
+        "5 clips are in another split as well, by the content of their files (one/00.wav (train) is two/00.wav (test);"
+        in message
+    )
+    assert "and 2 more" in message and "--leaks drop" in message and "\n" not in message
+    with pytest.warns(CorpusWarning, match=r"5 clips are in another split as well.*; left out of train$"):
+        clips = read("csv", twice / "labels.csv", leaks="drop")
+    assert names(clips) == [f"{folder}/{n:02d}.wav" for folder, n, _ in rows if folder == "two" or n in (4, 5, 6, 8, 9)]
+    with pytest.raises(UsageError, match="leaks must be one of error, drop, got 'keep'"):
+        read("csv", twice / "labels.csv", leaks="keep")
+
+
+def test_segments_that_overlap_across_splits_are_refused_or_left_out(tmp_path):
+    source = table(
+        tmp_path,
+        "file,start,end,split\n"
+        "a.wav,0,2,train\na.wav,2,4,validation\na.wav,4.0005,6,test\n"  # these touch, up to rounding
+        "b.wav,0,3,train\nb.wav,2.5,4,test\nb.wav,4,,validation\n"
+        "c.wav,,,test\nc.wav,7,8,validation\nc.wav,9,9.5,train\nd.wav,,,train\n",
+        *("a.wav", "b.wav", "c.wav", "d.wav"),
+    )
+    with pytest.raises(CorpusError) as caught:
+        read("csv", source)
+    expected = (
+        "3 segments overlap one of another split (b.wav from 0 s to 3 s (train) and b.wav from 2.5 s to 4 s (test); c.wav"
+    )
+    assert expected in str(caught.value)
+    with pytest.warns(CorpusWarning, match="left out of train and validation"):
+        clips = read("csv", source, leaks="drop")
+    kept = [(c.name[0], c.split) for c in clips]
+    assert kept == [
+        *(("a", "train"), ("a", "validation"), ("a", "test")),
+        *(("b", "test"), ("b", "validation"), ("c", "test"), ("d", "train")),
+    ]
+
+
+def test_segments_of_copies_overlap_too(twice):
+    rows = ["one/00.wav,0,1,train", "two/00.wav,0.5,1.5,test", "one/01.wav,0,1,train", "two/01.wav,1,2,test"]
+    text = "file,start,end,split\n" + "\n".join(rows)
+    (twice / "labels.csv").write_text(text)
+    with pytest.raises(CorpusError, match=r"1 clip is in another split as well.*one/00\.wav from 0 s to 1 s \(train\) is"):
+        read("csv", twice / "labels.csv")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("ab"),
+            st.integers(0, 20),
+            st.one_of(st.none(), st.integers(1, 8)),
+            st.sampled_from([None, "train", "validation", "test"]),
+        ),
+        max_size=12,
+        unique_by=lambda row: row[:3],
+    )
+)
+def test_leaks_are_those_of_every_pair(rows):
+    clips = [clip(f, start=float(s), end=None if n is None else float(s + n), split=split) for f, s, n, split in rows]
+
+    def overlap(a, b):
+        return a.file == b.file and a.start < (b.end or 99) and b.start < (a.end or 99)
+
+    found = find_leaks(clips)
+    assert all(overlap(a, b) and ("train", "validation", "test").index(a.split) < ("train", "validation", "test").index(b.split)
+               for a, b in found)  # fmt: skip
+    warnings.simplefilter("ignore")
+    kept = drop_leaks(clips)
+    pairs = [(a, b) for a in clips for b in clips if a.split and b.split and a.split != b.split and overlap(a, b)]
+    assert bool(pairs) == bool(found)
+    assert not any(a in kept and b in kept for a, b in pairs)
+    # nothing is left out that shares nothing with what is kept
+    assert all(
+        any(overlap(c, other) and c.split != other.split for other in kept if other.split) for c in clips if c not in kept
+    )
+
+
+def test_equal_samples_in_two_splits_are_refused_whatever_the_file():
+    clips = [
+        clip("a.wav", split="train"),
+        clip("a.flac", split="test"),
+        clip("b.wav", split="train"),
+        clip("c.wav", split="train"),
+    ]
+    check_decoded(clips, ["x", "y", "z", "z"])
+    check_decoded(clips, [None, None, "z", "z"])
+    with pytest.raises(
+        CorpusError, match=r"1 clip is in another split as well, by their samples \(a\.flac \(test\) is a\.wav \(train"
+    ):
+        check_decoded(clips, ["x", "x", "y", "z"])
+
+
+# --- clips that are of no use ------------------------------------------------------------------------------------------
+
+
+def test_ends_beyond_the_file_and_silence_are_failures_that_say_why(tmp_path):
+    """Seconds written as milliseconds, a slip, a rounded duration, and digital silence."""
+    for name, wave in (("a", voice(3.2, 1)), ("b", voice(3.2, 2)), ("silent", np.zeros(32_000))):
+        soundfile.write(tmp_path / f"{name}.wav", wave, 16_000)
+    source = table(tmp_path, "file,start,end\na.wav,0,3200\na.wav,0.5,7\na.wav,1,3.25\nb.wav,,\nsilent.wav,,\n")
+    clips = [dataclasses.replace(c, split="train") for c in read("csv", source)]
+    about = bank.build(clips, tmp_path / "bank")
+    assert (about["clips"], about["failures"]) == (2, 3)
+    with open(tmp_path / "bank" / "failures.csv", newline="") as file:
+        reasons = [row["reason"] for row in csv.DictReader(file)]
+    assert reasons == [
+        "the file ends at 3.2 s, but the clip is to end at 3200 s (times are in seconds; are these milliseconds?)",
+        "the file ends at 3.2 s, but the clip is to end at 7 s (no end: to the end)",
+        "silent: every sample is zero, so there is nothing to learn from",
+    ]
+    assert bank.Bank(tmp_path / "bank").clips["samples"].tolist() == [35_200, 51_200]

@@ -287,7 +287,7 @@ def test_evaluation_against_teacher_and_people(run, bank, views, labels, tmp_pat
     for at, name in enumerate(labels.dimensions):
         score = report["teacher"][name]
         assert abs(score["ccc"] - expected[at]) < 1e-4
-        assert score["low"] <= score["ccc"] <= score["high"]
+        assert (score["low"], score["high"]) == (None, None)  # four clips are too few
     assert set(report["human"]) == {"arousal", "dominance", "valence", "mean"}
     assert (tmp_path / "eval_test.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "eval_test.json").read_text()) == report

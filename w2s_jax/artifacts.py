@@ -9,11 +9,12 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from w2s_jax.install import pip_install
 
@@ -237,10 +238,12 @@ def read_json(path: str | os.PathLike, what: str) -> dict:
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path, what))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"no {what} at {path.parent} (it has no {path.name})") from error
-    except ValueError as error:
+    except W2SError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise W2SError(f"{path} is damaged: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise W2SError(f"{path} is damaged: expected a JSON object, got {type(value).__name__}")
@@ -350,3 +353,50 @@ class Shares:
     def free(self, part: int) -> None:
         """Let go of a part."""
         self._lock(self._PARTS + part, "free")
+
+
+#: No text file that this project reads is larger, in bytes: a table of some millions of clips.
+LARGEST_TEXT = 2**28
+
+
+def open_regular(path: str | os.PathLike, what: str, limit: int = LARGEST_TEXT) -> BinaryIO:
+    """Open a file that a user named, and never wait for it or read without end.
+
+    Args:
+        path: the file.
+        what: it should be, for the message.
+        limit: bytes that it may have.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: no such file; the caller knows what to say.
+        UsageError: not a regular file (a FIFO, a device, a directory), larger than the limit, or not readable.
+    """
+    name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fsdecode(path))
+    try:
+        # a blocking open of a FIFO would wait for its writer
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UsageError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}; expected {what}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+        os.close(descriptor)
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file, but a pipe or a device"
+        if stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{name} is too large: {status.st_size:,} bytes; expected {what} of at most {limit:,} bytes")
+        raise UsageError(f"cannot read {name}: it is {kind}; expected {what}")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_text(path: str | os.PathLike, what: str, limit: int = 2**24) -> str:
+    """The UTF-8 text of a small file. Arguments and errors: see :func:`open_regular`.
+
+    Raises:
+        W2SError: the file is not UTF-8.
+    """
+    with open_regular(path, what, limit) as file:
+        try:
+            return file.read(limit + 1).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise W2SError(f"{path} is damaged: not UTF-8 ({error.reason} at byte {error.start})") from error

@@ -53,7 +53,7 @@ from w2s_jax.artifacts import (
     write_atomic,
     write_json,
 )
-from w2s_jax.corpora import SPLITS, Clip, check_splits
+from w2s_jax.corpora import SPLITS, Clip, check_decoded, check_splits, fault
 
 #: Of bank.json and of the shards' tables. Banks of version 1 have no checksums, and are heard at the level that is stored.
 VERSION = 2
@@ -155,7 +155,8 @@ def build(
     Raises:
         UsageError: ``out`` holds something that is not a bank.
         MismatchError: ``out`` holds a bank of another origin; names the differences.
-        BankError: no clips, none readable, too many failures, or a split missing or shared.
+        BankError: no clips, none readable, too many failures, or a split missing.
+        CorpusError: a speaker, a group or a recording is in two splits.
     """
     out = Path(out)
     if not clips:
@@ -169,7 +170,7 @@ def build(
     with locked(out), _Decoder(clips, out, workers or os.cpu_count() or 1) as decoder:
         _claim(out, origin, force)
         report = progress or (lambda done, total, **figures: None)
-        shards, problems, done = [], [], 0
+        shards, problems, read, done = [], [], [], 0
         while done < len(clips):
             ahead = clips[done : done + SHARD_CLIPS]
             shard = _kept(out, len(shards), ahead, decoder.pool)
@@ -182,6 +183,8 @@ def build(
                 shard = _make(out, len(shards), ahead, decoder.start(done, step), step)
             shards.append(shard)
             problems += shard.problems
+            missing = {problem.clip for problem in shard.problems if not problem.in_part}
+            read += [clip for at, clip in enumerate(ahead[: shard.clips]) if at not in missing]
             done += shard.clips
             report(done, len(clips))
             unread = [problem for problem in problems if not problem.in_part]
@@ -191,6 +194,7 @@ def build(
         table = pa.concat_tables([shard.table for shard in shards])
         if not table.num_rows:
             raise BankError(f"none of {len(clips)} clips can be read; the first: {unread[0]}")
+        check_decoded(read, table["sum"].to_pylist())
         table = table.set_column(0, _SCHEMA.field("clip"), pa.array(np.arange(table.num_rows, dtype=np.int32)))
         content = io.BytesIO()
         pq.write_table(table, content)
@@ -529,26 +533,32 @@ class _Decoder:
     def _decode(self, clip: Clip, stop: threading.Event) -> _Decoded:
         out = _Decoded()
         low = high = 0.0
-        samples = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=self._scratch)  # noqa: SIM115 (whoever writes the shard closes it)
+        samples = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=self._scratch)  # noqa: SIM115 (closed by the shard's writer)
         blocks = audio.blocks(clip.file, clip.start, clip.end)
-        while True:
-            try:
-                block = next(blocks, None)
-                if out.count > LONGEST:
-                    raise BankError("longer than 37 hours; cut it into segments (start and end in a CSV)")
-            except (W2SError, OSError) as error:
-                samples.close()
-                return _Decoded(reasons=[str(error)])
-            if block is None:
-                break
-            if stop.is_set():
-                samples.close()
-                raise _Stopped
-            low, high = min(low, float(block.min())), max(high, float(block.max()))
-            samples.write(block)
-            out.count += len(block)
-            with self._lock:
-                self.samples += len(block)
+        with audio.collected() as noticed:
+            while True:
+                try:
+                    block = next(blocks, None)
+                    if out.count > LONGEST:
+                        raise BankError("longer than 37 hours; cut it into segments (start and end in a CSV)")
+                except (W2SError, OSError) as error:
+                    samples.close()
+                    return _Decoded(reasons=[str(error)])
+                if block is None:
+                    break
+                if stop.is_set():
+                    samples.close()
+                    raise _Stopped
+                low, high = min(low, float(block.min())), max(high, float(block.max()))
+                samples.write(block)
+                out.count += len(block)
+                with self._lock:
+                    self.samples += len(block)
+        if reason := fault(clip, out.count, silent=low == high):
+            samples.close()
+            return _Decoded(reasons=[reason])
+        out.reasons = [f"read in part: {w}" for w in noticed if isinstance(w, audio.TruncatedAudioWarning)]
+        out.warnings = noticed
         out.samples, out.scale = samples, _scale(low, high)
         digest, each = hashlib.sha256(), 2**18
         for at in range(0, out.count, each):  # from float32 to int16 in the same file: writing never passes reading

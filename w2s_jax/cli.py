@@ -66,6 +66,11 @@ class SplitBy(StrEnum):
     folder = "folder"
 
 
+class Leaks(StrEnum):
+    error = "error"
+    drop = "drop"
+
+
 class Split(StrEnum):
     train = "train"
     validation = "validation"
@@ -246,6 +251,10 @@ def bank_build(
         str, typer.Option(help="Train, validation, test; for clips that the corpus gives no split.")
     ] = "0.7,0.15,0.15",
     seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
+    leaks: Annotated[
+        Leaks, typer.Option(help="Audio that the corpus has in two splits: refuse it, or leave it out of training.")
+    ] = Leaks.error,
+    force: Annotated[bool, typer.Option("--force", help="Build over a bank of other sources or options.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads.", show_default="one a core")] = None,
     max_failures: Annotated[
         int | None, typer.Option(min=0, help="Stop when more files are unreadable.", show_default="never")
@@ -254,28 +263,48 @@ def bank_build(
 ) -> None:
     """Decode SOURCE... into a bank: int16 16 kHz mono shards and clips.parquet.
 
-    Run again after an interruption, it does only what is missing. Unreadable files are listed in failures.csv and left out;
-    the exit code is then 1. No speaker is ever in two splits.
+    Run again with the same sources and options, it checks what is there and does only what is missing, damaged or changed.
+    Clips that are of no use (unreadable, silent, or with an end
+    that is beyond their file's) are listed in failures.csv and left out; the exit code is then 1. No speaker is ever in two
+    splits, and no recording: copies of a file, and segments of one file, stay together.
     """
-    corpora, bank = heavy("corpora", "train"), heavy("bank", "train")
+    audio, corpora, bank = heavy("audio", "train"), heavy("corpora", "train"), heavy("bank", "train")
     if split_by is not SplitBy.none and corpus is not Corpus.folder:
         raise UsageError(f"--split-by is for --corpus folder; {corpus.value} has its own splits and speakers")
     options = {"split_by": split_by.value} if corpus is Corpus.folder else {}
     clips = []
     for source in sources:
-        found = corpora.read(corpus.value, source, **options)
+        found = corpora.read(corpus.value, source, leaks.value, **options)
         if len(sources) > 1:  # two sources may have files of one name
             found = [dataclasses.replace(clip, name=f"{source.resolve().name}/{clip.name}") for clip in found]
         clips += found
+    if leaks is Leaks.drop and len(sources) > 1:
+        clips = corpora.drop_leaks(clips)
     clips = corpora.assign_splits(clips, _numbers(fractions, "--fractions", 3), seed)
+    origin = {
+        "corpus": corpus.value,
+        "sources": [audio.printable(os.path.abspath(source)) for source in sources],
+        "split_by": split_by.value,
+        "fractions": fractions,
+        "seed": seed,
+        "leaks": leaks.value,
+    }
     with shown("decode", "clips") as report:
-        about = bank.build(clips, into, corpus=corpus.value, workers=workers, max_failures=max_failures, progress=report)
+        about = bank.build(
+            clips, into, corpus=corpus.value, origin=origin, force=force, workers=workers, max_failures=max_failures,
+            progress=report,
+        )  # fmt: skip
     minutes = about["samples"] / SAMPLING_RATE / 60
     splits = {name: int((bank.Bank(into).clips["split"] == name).sum()) for name in corpora.SPLITS}
     out.print(f"{into}: {about['clips']} clips, {minutes:.1f} minutes; " + ", ".join(f"{n} {s}" for s, n in splits.items()))
+    if about["read_in_part"]:
+        err.print(
+            f"w2s: warning: {about['read_in_part']} clips could be read in part only; they are in the bank, and listed in "
+            f"{into / 'failures.csv'}"
+        )
     finish({"bank": str(into), **about, "minutes": round(minutes, 2), "splits": splits}, as_json)
     if about["failures"]:
-        raise W2SError(f"{about['failures']} of {len(clips)} clips cannot be read; they are listed in {into / 'failures.csv'}")
+        raise W2SError(f"{about['failures']} of {len(clips)} clips cannot be used; they are listed in {into / 'failures.csv'}")
 
 
 @views_app.command("draw")
@@ -294,6 +323,7 @@ def views_draw(
         typer.Option(help="Where the second clip of a mixture is from; shard: nearby, for large banks on many devices."),
     ] = Partners.bank,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace other views.")] = False,
     as_json: Json = False,
 ) -> None:
     """Draw views of every clip of BANK into a parquet table."""
@@ -310,7 +340,7 @@ def views_draw(
         partners=partners.value,
         seed=seed,
     )
-    drawn.save(into)
+    drawn.save(into, force=force)
     counts = {name.value: len(drawn.where(name.value)) for name in Split}
     mixed = int((drawn.columns["partner"] >= 0).sum())
     short = drawn.about["clips_too_short"]
@@ -556,6 +586,8 @@ def evaluate(
             if report[what]:
                 _scores(report[what], f"{path.name} against {title}, {split.value} split, {report['views']} views")
         written = directory / f"eval_{split.value}"
+    for note in report["notes"]:
+        out.print(note, style="yellow")
     if written:
         out.print(f"figures and picture: {written}.json, {written}.png")
     finish(report, as_json)
@@ -569,7 +601,7 @@ def _scores(scores: dict, title: str) -> None:
         table.add_column(column, justify="right")
     for name, score in scores.items():
         if name != "mean":
-            table.add_row(name, *(f"{score[key]:.3f}" for key in ("ccc", "low", "high")))
+            table.add_row(name, *("–" if score[key] is None else f"{score[key]:.3f}" for key in ("ccc", "low", "high")))
     table.add_row("mean", f"{scores['mean']:.3f}", "", "")
     out.print(table)
 

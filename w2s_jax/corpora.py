@@ -6,21 +6,27 @@ corpus's options. Labels are scaled to 0..1. Reading is strict: one error lists 
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import inspect
+import io
+import itertools
 import math
 import os
 import re
+import stat
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from w2s_jax import DIMENSIONS
-from w2s_jax.artifacts import UsageError, W2SError
+from w2s_jax import DIMENSIONS, SAMPLING_RATE
+from w2s_jax.artifacts import UsageError, W2SError, fingerprint, open_regular
 from w2s_jax.audio import printable
 
 SPLITS = ("train", "validation", "test")
@@ -39,11 +45,11 @@ _SPLIT_NAMES = {
 
 
 class CorpusError(W2SError):
-    """The corpus is not what its format says, or its splits share a speaker."""
+    """The corpus is not what its format says, or its splits share a speaker or a recording."""
 
 
 class CorpusWarning(UserWarning):
-    """The corpus was read, but something in it was left out."""
+    """The corpus was read, but something in it was left out, or is probably not what its owner thinks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,21 +81,25 @@ class Clip:
     valence: float | None = None
 
 
-def read(corpus: str, source: str | os.PathLike, **options: object) -> list[Clip]:
+def read(corpus: str, source: str | os.PathLike, leaks: str = "error", **options: object) -> list[Clip]:
     """Read a corpus.
 
     Args:
         corpus: a key of ``CORPORA``.
         source: the corpus's directory, or the file for ``csv``.
+        leaks: what to do with audio that the corpus has in two splits: ``"error"`` refuses it, ``"drop"`` leaves it out of
+            training (:func:`drop_leaks`).
         options: keywords of the corpus's function.
 
     Returns:
-        The clips, at least one, in an order that does not depend on the machine. No speaker is in two splits.
+        The clips, at least one, in an order that does not depend on the machine. No speaker and no recording is in two
+        splits.
 
     Raises:
         UsageError: unknown corpus or option, or no such source.
         CorpusError: everything that is wrong with the content, by kind, with counts and the first places.
     """
+    _choice("leaks", leaks, ("error", "drop"))
     if corpus not in CORPORA:
         raise UsageError(f"unknown corpus {corpus!r}; known: {', '.join(CORPORA)}")
     function = CORPORA[corpus]
@@ -97,6 +107,8 @@ def read(corpus: str, source: str | os.PathLike, **options: object) -> list[Clip
     if unknown := sorted(set(options) - set(known)):
         raise UsageError(f"corpus {corpus} has no option {', '.join(unknown)}; it has {', '.join(known) if known else 'none'}")
     clips = function(Path(source), **options)
+    if leaks == "drop":
+        clips = drop_leaks(clips)
     check_splits(clips)
     return clips
 
@@ -279,7 +291,8 @@ def iemocap(source: Path, validation_session: int = 4, test_session: int = 5, ou
     for session in range(1, 6):
         root = source / f"Session{session}"
         for dialog in sorted((root / "dialog" / "EmoEvaluation").glob("[!.]*.txt")):  # "._x.txt": left by a Mac
-            lines = dialog.read_text(encoding="utf-8", errors="replace").splitlines()
+            with open_regular(dialog, "a table of turns") as file:
+                lines = file.read().decode("utf-8", "replace").splitlines()
             for number, line in enumerate(lines, 1):
                 place = f"{dialog.name}:{number}"
                 if not re.match(r"\[\d", line):
@@ -325,11 +338,12 @@ CORPORA: dict[str, Callable[..., list[Clip]]] = {
 def assign_splits(
     clips: Sequence[Clip], fractions: tuple[float, float, float] = (0.7, 0.15, 0.15), seed: int = 0
 ) -> list[Clip]:
-    """Give a split to each clip that has none, so that no speaker, group or file is divided.
+    """Give a split to each clip that has none, so that no speaker, group or recording is divided.
 
-    Clips that share a speaker, a group or a file go together, also with those that have a split already. The fractions
-    count clips, over all of them, and are met as well as such whole units allow. No split stays empty as long as there
-    are units for it. The result depends on names, fractions and seed only, not on the order or the machine.
+    Clips that share a speaker, a group or a file go together, also with those that have a split already; files of equal
+    content are one file. The fractions count clips, over all of them, and are met as well as such whole units allow. No
+    split stays empty as long as there are units for it; :class:`CorpusWarning` says when there are not. The result depends
+    on names, fractions, seed and copies only, not on the order or the machine.
 
     Args:
         clips: in any order.
@@ -341,12 +355,14 @@ def assign_splits(
 
     Raises:
         UsageError: the fractions are no fractions.
-        CorpusError: a speaker or a group is in two splits already, or a clip belongs to clips of two splits.
+        CorpusError: a speaker, a group or a recording is in two splits already, or a clip belongs to clips of two splits.
     """
     if len(fractions) != 3 or not all(0 <= f <= 1 for f in fractions) or not math.isclose(sum(fractions), 1):
         raise UsageError(f"fractions of train, validation and test must be 0..1 and sum to 1, got {fractions}")
     check_splits(clips)
-    units = _units(clips)
+    recordings = _recordings(clips)
+    _warn_of_copies(clips, recordings)
+    units = _units(clips, recordings)
     taken = Counter()
     free = []
     chosen: dict[str, str] = {}
@@ -370,11 +386,30 @@ def assign_splits(
         candidates = empty if len(empty) >= len(free) - i else wanted
         chosen[unit] = max(candidates, key=lambda split: wanted[split] - taken[split])
         taken[chosen[unit]] += len(units[unit])
+    empty = [split for split in wanted if not taken[split]]
+    if free and empty:
+        _warn(
+            f"{' and '.join(empty)} {'stays' if len(empty) == 1 else 'stay'} empty: {_undivided(units)}. Name the speakers or "
+            "the splits (--corpus csv), point at a folder with more folders in it, or ask for it (--fractions 1,0,0)"
+        )
     split_of = {clip: chosen[unit] for unit, members in units.items() for clip in members}
     return [clip if clip.split else dataclasses.replace(clip, split=split_of[clip]) for clip in clips]
 
 
-def _units(clips: Sequence[Clip]) -> dict[str, list[Clip]]:
+def _undivided(units: dict[str, list[Clip]]) -> str:
+    """Why clips cannot be divided: how many there are, and what those that go together share."""
+    count, largest = sum(map(len, units.values())), max(units.values(), key=len)
+    if count == len(units):
+        return f"there {'is 1 clip' if count == 1 else f'are {count} clips'} in all"
+    shared = {field: {getattr(clip, field) for clip in largest} for field in ("speaker", "group")}
+    what = [
+        f"the {field} {_short(str(*values))}" for field, values in shared.items() if len(values) == 1 and None not in values
+    ]
+    share = what[0] if what else "a recording, a speaker or a group with each other"
+    return f"{len(largest)} of {count} clips share {share} and are not divided"
+
+
+def _units(clips: Sequence[Clip], recordings: Sequence[str]) -> dict[str, list[Clip]]:
     """Clips that are connected by a shared speaker, group or file, under a name that the order of clips cannot change."""
     parent: dict[str, str] = {}
 
@@ -383,8 +418,9 @@ def _units(clips: Sequence[Clip]) -> dict[str, list[Clip]]:
             parent[key] = key = parent[parent[key]]
         return key
 
-    for clip in clips:
-        keys = [f"file {clip.name}"]
+    for clip, recording in zip(clips, recordings, strict=True):
+        # "recording" sorts behind "file", so that copies join units and never name one
+        keys = [f"file {clip.name}", f"recording {recording}"]
         keys += [f"{field} {value}" for field in ("speaker", "group") if (value := getattr(clip, field))]
         first, *others = sorted({root(key) for key in keys})
         for other in others:  # the smallest name becomes the root
@@ -396,10 +432,10 @@ def _units(clips: Sequence[Clip]) -> dict[str, list[Clip]]:
 
 
 def check_splits(clips: Sequence[Clip]) -> None:
-    """Refuse splits that share a speaker or a group; clips without a split do not count.
+    """Refuse splits that share a speaker, a group or a recording; clips without a split do not count.
 
     Raises:
-        CorpusError: names the speakers (or groups) and their splits.
+        CorpusError: names the speakers (or groups, or clips) and their splits.
     """
     for field in ("speaker", "group"):
         splits = defaultdict(set)
@@ -414,6 +450,189 @@ def check_splits(clips: Sequence[Clip]) -> None:
                 f"{len(shared)} {field}{'s are' if len(shared) > 1 else ' is'} in more than one split ({some}{more}); "
                 f"move each {field} to one split, or leave the splits blank to have them assigned"
             )
+    if leaks := find_leaks(clips):
+        raise CorpusError(
+            f"{_told(leaks)}; move each recording to one split, leave the splits blank to have them assigned, or leave these "
+            "clips out (--leaks drop)"
+        )
+
+
+def drop_leaks(clips: Sequence[Clip]) -> list[Clip]:
+    """Leave out what :func:`find_leaks` finds, with a warning: test stays whole, and what it has is not trained on."""
+    leaks = find_leaks(clips)
+    if not leaks:
+        return list(clips)
+    _warn(f"{_told(leaks)}; left out of {' and '.join(s for s in SPLITS if any(clip.split == s for clip, _ in leaks))}")
+    dropped = {clip for clip, _ in leaks}
+    return [clip for clip in clips if clip not in dropped]
+
+
+def find_leaks(clips: Sequence[Clip]) -> list[tuple[Clip, Clip]]:
+    """Clips whose audio is also in another split: segments that overlap, of one file or of files of equal content.
+
+    Files are compared byte by byte (by their SHA-256, and only where sizes are equal). A copy that was encoded anew is not
+    found. Segments that merely touch do not overlap.
+
+    Args:
+        clips: those without a split do not count.
+
+    Returns:
+        Pairs of such a clip and one that it shares audio with, in the order of the clips. The first is of the training
+        split, or else of validation; without the first ones nothing is shared.
+    """
+    clips = [clip for clip in clips if clip.split]
+    if len({clip.split for clip in clips}) < 2:
+        return []
+    of_recording = defaultdict(list)
+    for clip, recording in zip(clips, _recordings(clips), strict=True):
+        of_recording[recording].append(clip)
+    found = {}
+    for members in of_recording.values():
+        kept: list[Clip] = []
+        for split in reversed(SPLITS):
+            own = [clip for clip in members if clip.split == split]
+            overlapping = _overlap(kept)
+            pairs = {clip: other for clip in own if (other := overlapping(clip))} if kept else {}
+            found |= pairs
+            kept += [clip for clip in own if clip not in pairs]
+    return [(clip, found[clip]) for clip in clips if clip in found]
+
+
+def check_decoded(clips: Sequence[Clip], digests: Sequence[str | None]) -> None:
+    """Refuse splits that share decoded audio, whatever its files look like (as WAV and as FLAC, or with other tags).
+
+    Args:
+        clips: each with a split.
+        digests: of each clip's samples; None: not known.
+
+    Raises:
+        CorpusError: names the clips.
+    """
+    first: dict[str, Clip] = {}
+    pairs = []
+    for clip, digest in zip(clips, digests, strict=True):
+        if digest is not None and clip.split and first.setdefault(digest, clip).split != clip.split:
+            pairs.append((clip, first[digest]))
+    if pairs:
+        raise CorpusError(
+            f"{_told(pairs, 'by their samples')}; move each recording to one split, or leave the copies out of the corpus"
+        )
+
+
+#: Segments overlap by more than this, in seconds: tables round their times.
+_TOUCHING = 1e-3
+
+
+def _overlap(clips: Sequence[Clip]) -> Callable[[Clip], Clip | None]:
+    """A function that finds one of ``clips`` that a segment of the same recording overlaps."""
+    clips = sorted(clips, key=lambda clip: clip.start)
+    starts = [clip.start for clip in clips]
+    # of all clips that begin before a segment ends, the one that ends last overlaps it, or none does
+    last = list(itertools.accumulate(clips, lambda a, b: max(a, b, key=_end)))
+
+    def find(clip: Clip) -> Clip | None:
+        before = bisect.bisect_left(starts, _end(clip) - _TOUCHING)
+        return last[before - 1] if before and _end(last[before - 1]) > clip.start + _TOUCHING else None
+
+    return find
+
+
+def _end(clip: Clip) -> float:
+    return math.inf if clip.end is None else clip.end
+
+
+def _told(leaks: Sequence[tuple[Clip, Clip]], how: str = "by the content of their files") -> str:
+    """What was found, in words, with counts and the first places."""
+
+    def told(clip: Clip) -> str:
+        segment = clip.start or clip.end is not None
+        return clip.name + (f" from {clip.start:g} s to {_end(clip):g} s" if segment else "") + f" ({clip.split})"
+
+    def listed(pairs: Sequence[tuple[Clip, Clip]], between: str) -> str:
+        some = "; ".join(f"{told(clip)} {between} {told(other)}" for clip, other in pairs[:3])
+        return some + (f"; and {len(pairs) - 3} more" if len(pairs) > 3 else "")
+
+    copies = [(clip, other) for clip, other in leaks if clip.name != other.name]
+    segments = [(clip, other) for clip, other in leaks if clip.name == other.name]
+    parts = []
+    if copies:
+        some = "clip is" if len(copies) == 1 else "clips are"
+        parts.append(f"{len(copies)} {some} in another split as well, {how} ({listed(copies, 'is')})")
+    if segments:
+        some = "segment overlaps" if len(segments) == 1 else "segments overlap"
+        parts.append(f"{len(segments)} {some} one of another split ({listed(segments, 'and')})")
+    return ", and ".join(parts)
+
+
+def _recordings(clips: Sequence[Clip]) -> list[str]:
+    """What each clip is cut from: its file, or the content of its file where another file has the same."""
+    paths = {os.path.normpath(clip.file): clip.file for clip in clips}
+    sizes = defaultdict(list)
+    for path, file in paths.items():
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the name
+            status = os.stat(file)
+            if stat.S_ISREG(status.st_mode) and status.st_size:
+                sizes[status.st_size].append((path, status.st_mtime_ns))
+    content = {}
+    for size, files in sizes.items():
+        for whole in (False, True):  # most files of equal size differ in their first or last bytes
+            same = defaultdict(list)
+            for path, changed in files if len(files) > 1 else ():
+                with contextlib.suppress(OSError):
+                    same[_digest(paths[path], size, changed, whole)].append((path, changed))
+            same = {digest: members for digest, members in same.items() if len(members) > 1}
+            files = [member for members in same.values() for member in members]
+        content |= {path: digest for digest, members in same.items() for path, _ in members}
+    return [content.get(path, path) for path in (os.path.normpath(clip.file) for clip in clips)]
+
+
+@functools.lru_cache(2**18)
+def _digest(file: str, size: int, changed: int, whole: bool) -> str:
+    """Of a file as it was at the time ``changed``: of all of it, or of its ends."""
+    if whole:
+        return fingerprint(Path(file))
+    with open(file, "rb") as opened:
+        first = opened.read(4096)
+        opened.seek(max(0, size - 4096))
+        return fingerprint(first, opened.read(4096))
+
+
+def _warn_of_copies(clips: Sequence[Clip], recordings: Sequence[str]) -> None:
+    first: dict[str, Clip] = {}
+    copies = {}
+    for clip, recording in zip(clips, recordings, strict=True):
+        original = first.setdefault(recording, clip)
+        if os.path.normpath(clip.file) != os.path.normpath(original.file):
+            copies[clip.file] = f"{clip.name} is {original.name}"
+    if copies:
+        some = "file has" if len(copies) == 1 else "files have"
+        more = "; …" if len(copies) > 1 else ""
+        _warn(
+            f"{len(copies)} {some} the content of another file ({next(iter(copies.values()))}{more}); copies stay in one "
+            "split, and count as often as they are there"
+        )
+
+
+#: By how many seconds a clip may end after its file does: durations in tables are rounded, and those of MP3 are estimates.
+_BEYOND = 0.1
+
+
+def fault(clip: Clip, samples: int, silent: bool) -> str | None:
+    """Why a clip that was decoded is of no use, in words; None if it is.
+
+    Args:
+        clip: what was asked for.
+        samples: what was found, at 16 kHz.
+        silent: not one sample differs from zero.
+    """
+    found = clip.start + samples / SAMPLING_RATE
+    if clip.end is not None and clip.end > found + _BEYOND:
+        milliseconds = 100 <= clip.end <= 1000 * (found + _BEYOND)
+        slip = "times are in seconds; are these milliseconds?" if milliseconds else "no end: to the end"
+        return f"the file ends at {found:.3g} s, but the clip is to end at {clip.end:g} s ({slip})"
+    if silent:
+        return "silent: every sample is zero, so there is nothing to learn from"
+    return None
 
 
 class _Report:
@@ -471,7 +690,12 @@ def _table(
     rows = []
     try:
         # utf-8-sig drops a BOM; surrogateescape keeps file names that are not UTF-8 as the operating system has them
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with (
+            open_regular(path, "a CSV file") as binary,
+            io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+        ):
+            if binary.peek(4)[:4] == b"PAR1":
+                raise CorpusError(f"{name} is parquet; expected CSV (audformat writes it with storage_format='csv')")
             reader = csv.reader(file, strict=True)
             header = [cell.strip() for cell in next(reader, [])]
             if missing := [column for column in required if column not in header]:
@@ -496,7 +720,7 @@ def _table(
                 rows.append((place, {c: t if c == "file" else t.strip() for c, t in row if c in known}))
     except csv.Error as error:
         raise CorpusError(f"{name} is not CSV: line {reader.line_num}: {error}") from error
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"no such CSV file: {name}") from error
     except OSError as error:
         raise UsageError(f"cannot read {name} as CSV: {error.strerror}") from error
@@ -516,22 +740,27 @@ def _scaled(text: str, column: str, largest: int, report: _Report, place: str) -
 
 def _number(text: str) -> float | None:
     """A finite decimal number; Python's float() also takes nan, inf and 1_0."""
-    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text, re.ASCII):
+    if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", text, re.ASCII):
         return None
     return number if math.isfinite(number := float(text)) else None
 
 
-_TIMEDELTA = re.compile(r"(?:(\d+) days?,? )?(\d+):(\d\d):(\d\d(?:\.\d+)?)", re.ASCII)
+# pandas writes "0 days 00:00:01.500000", or "0 days" where a whole column is of whole days; Python "1 day, 1:00:00"
+_TIMEDELTA = re.compile(r"(?:(\d+) days?)?(?:(?:^|,? )(\d+):(\d\d):(\d\d(?:\.\d+)?))?", re.ASCII)
+
+#: No recording is longer than this, in seconds (31 years); a larger number is a slip, and overflows somewhere later.
+LONGEST = 1e9
 
 
 def _seconds(text: str) -> float | None:
-    """Seconds from a number or a Timedelta; NaN for ``NaT``; None when it is neither."""
+    """Seconds from a number or a Timedelta; NaN for ``NaT``; None when it is neither, or above ``LONGEST``."""
     if text == "NaT":
         return math.nan
-    if match := _TIMEDELTA.fullmatch(text):
-        days, hours, minutes, seconds = match.groups()
-        return ((int(days or 0) * 24 + int(hours)) * 60 + int(minutes)) * 60 + float(seconds)
-    return _number(text)
+    seconds = _number(text)
+    if seconds is None and text and (match := _TIMEDELTA.fullmatch(text)):
+        days, hours, minutes, rest = (float(part or 0) for part in match.groups())  # float: int has no end
+        seconds = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    return seconds if seconds is not None and seconds <= LONGEST else None
 
 
 def _check_directory(source: Path, what: str) -> None:

@@ -20,6 +20,13 @@ from w2s_jax.views import Views, draw
 
 _BATCH = 32
 
+#: Fewer clips than these have no confidence interval: of intervals that are meant to hold 95 times in 100, the bootstrap's held
+#: 25 to 36 times with 2 clips, 78 with 5, 86 with 10, and 92 with 30 (300 normal samples each, CCC 0.5 and 0.9).
+FEWEST_CLIPS = 10
+
+#: Fewer clips than these have an interval that is known to be too narrow, and a note that says so.
+FEW_CLIPS = 30
+
 #: A teacher is not asked about clips of fewer samples: 50 ms, above what every teacher needs.
 SHORTEST = 800
 
@@ -87,8 +94,9 @@ def evaluate(
 ) -> dict:
     """CCC of a student with its teacher's labels, and with people's ratings where the bank has them.
 
-    Confidence intervals (95 %) are bootstrapped over clips, because views of one clip are not independent. Ratings belong to
-    clips: the prediction for a clip is the mean over its views.
+    Confidence intervals (95 %) are bootstrapped over clips, because views of one clip are not independent; below
+    ``FEWEST_CLIPS`` there is none, and ``low`` and ``high`` are None. Ratings belong to clips: the prediction for a clip is the
+    mean over its views.
 
     Args:
         path: a run, a student or a model.
@@ -100,11 +108,12 @@ def evaluate(
         seed: of the bootstrap.
 
     Returns:
-        ``{"split", "views", "clips", "teacher": {dimension: {"ccc", "low", "high"}, "mean": …} | None, "human": … | None}``
+        ``{"split", "views", "clips", "notes": [what is to be said of the figures], "teacher": {dimension: {"ccc", "low",
+        "high"}, "mean": …} | None, "human": … | None}``
 
     Raises:
         MismatchError: the labels have other dimensions than the student, or another bank's views.
-        UsageError: nothing to compare with, or the split is empty.
+        UsageError: nothing to compare with, or the split is empty or has only one view.
     """
     if views is None:
         views = draw(bank, per_clip=1, eval_per_clip=1, mix=0.0, gain_db=(0.0, 0.0))
@@ -118,6 +127,8 @@ def evaluate(
     rows = views.where(split)
     if not len(rows):
         raise UsageError(f"the views have no {split!r} split; they have {', '.join(sorted(set(views.columns['split'])))}")
+    if len(rows) < 2:
+        raise UsageError(f"the {split!r} split has one view; a CCC compares how values vary, and needs two at least")
     predicted = predict_views(infer, bank, views, rows)
     clips = views.columns["clip"][rows]
     report = {
@@ -126,6 +137,7 @@ def evaluate(
         "views": len(rows),
         "clips": len(np.unique(clips)),
         "student_teacher": teacher,
+        "notes": [],
         "teacher": None,
         "human": None,
     }
@@ -133,6 +145,7 @@ def evaluate(
     if labels is not None:
         target = labels.values[rows].astype(np.float64)
         report["teacher"] = _scores(predicted, target, clips, dimensions, seed)
+        report["notes"] += _notes(report["clips"], "clips")
         panels += [(f"teacher ({labels.about['teacher']['name']})", dimensions, predicted, target, report["teacher"])]
     if rated:
         ids, first = np.unique(clips, return_inverse=True)
@@ -142,8 +155,11 @@ def evaluate(
         if known.sum() >= 2:
             report["human"] = _scores(means[known], ratings[known], ids[known], rated, seed)
             panels += [("people's ratings", rated, means[known], ratings[known], report["human"])]
+            report["notes"] += _notes(int(known.sum()), "rated clips")
+        else:
+            report["notes"].append(f"{known.sum()} clips have ratings: no comparison with people; a CCC needs two at least")
     if not panels:
-        raise UsageError(f"the {split} split has no ratings to compare with; give --labels")
+        raise UsageError(f"the {split} split has ratings of {known.sum()} clips; a CCC needs two at least, or give --labels")
     if out is not None:
         write_json(Path(out) / f"eval_{split}.json", report)
         scatter(Path(out) / f"eval_{split}.png", panels, f"{Path(path).name}, {split} split")
@@ -177,8 +193,8 @@ def evaluate_teacher(
         progress: called with (clips done, clips in all).
 
     Returns:
-        ``{"teacher", "split", "clips", "cut", "human": {dimension: {"ccc", "low", "high"}, "mean": …}}``; rated clips below
-        50 ms are not in it.
+        ``{"teacher", "split", "clips", "cut", "notes", "human": {dimension: {"ccc", "low", "high"}, "mean": …}}``; rated clips
+        below 50 ms are not in it.
 
     Raises:
         UsageError: the split has no ratings of the teacher's dimensions.
@@ -213,6 +229,7 @@ def evaluate_teacher(
         "split": split,
         "clips": len(clips),
         "cut": int((bank.clips["samples"][clips] > limit).sum()),
+        "notes": _notes(len(clips), "rated clips"),
         "human": _scores(predicted, ratings[clips], clips, names, seed),
     }
     if out is not None:
@@ -223,13 +240,25 @@ def evaluate_teacher(
 
 
 def _scores(predicted: np.ndarray, target: np.ndarray, groups: np.ndarray, names, seed: int) -> dict:
+    """CCC per dimension with its interval, which is None where there are too few groups (clips) for one."""
     score = metrics.ccc(predicted, target)
-    low, high = metrics.bootstrap_ccc(predicted, target, groups=groups, seed=seed)
+    ends = [[None] * len(names)] * 2
+    if len(np.unique(groups)) >= FEWEST_CLIPS:
+        ends = [[round(float(x), 4) for x in end] for end in metrics.bootstrap_ccc(predicted, target, groups=groups, seed=seed)]
     scores = {
-        name: {"ccc": round(float(score[at]), 4), "low": round(float(low[at]), 4), "high": round(float(high[at]), 4)}
-        for at, name in enumerate(names)
+        name: {"ccc": round(float(value), 4), "low": low, "high": high}
+        for name, value, low, high in zip(names, score, *ends, strict=True)
     }
     return {**scores, "mean": round(float(score.mean()), 4)}
+
+
+def _notes(clips: int, what: str) -> list[str]:
+    """What is to be said of a CCC of so few clips."""
+    if clips < FEWEST_CLIPS:
+        return [f"{clips} {what} are too few for a confidence interval (it takes {FEWEST_CLIPS}); the CCC itself says little"]
+    if clips < FEW_CLIPS:
+        return [f"with {clips} {what} the 95 % intervals are too narrow: they hold about 9 times in 10"]
+    return []
 
 
 def scatter(path: Path, panels: list, title: str, who: str = "student") -> None:
@@ -255,7 +284,8 @@ def scatter(path: Path, panels: list, title: str, who: str = "student") -> None:
             axis.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=1)
             axis.scatter(x, y, s=7, alpha=min(1.0, 0.15 + 60 / len(x)), color="tab:blue", edgecolors="none", zorder=2)
             score = scores[names[at]]
-            axis.set_title(f"{names[at]}: CCC {score['ccc']:.3f} [{score['low']:.3f}, {score['high']:.3f}]", fontsize=9)
+            interval = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
+            axis.set_title(f"{names[at]}: CCC {score['ccc']:.3f}{interval}", fontsize=9)
             axis.set_xlabel(what, fontsize=9)
             axis.set_xlim(low - margin, high + margin)
             axis.set_ylim(low - margin, high + margin)

@@ -20,7 +20,7 @@ from w2s_jax.artifacts import MismatchError, Shares, W2SError, read_json, write_
 from w2s_jax.bank import Bank
 from w2s_jax.render import render_on_host
 from w2s_jax.teachers import Teacher, hear, provenance
-from w2s_jax.views import Views
+from w2s_jax.views import RENDERING, Views
 
 #: Batches that are rendered ahead of the teacher.
 _AHEAD = 2
@@ -67,9 +67,11 @@ def label(
         "bank": bank.fingerprint,
         "views": views.fingerprint,
         "count": len(views),
+        "rendering": RENDERING,
         "teacher": provenance(teacher),
         "w2s_jax": __version__,
     }
+    about = labels.signed(about)
     names = labels.columns(about["teacher"])
     with Shares(out) as shares:
         with shares.door():
@@ -218,7 +220,15 @@ def _claim(out: Path, about: dict, force: bool, shares: Shares) -> None:
         for stale in [*(out / "shards").glob("*.parquet"), out / "labels.json"]:
             stale.unlink(missing_ok=True)
     elif plan.exists():
-        differing = _differing(read_json(plan, "label plan"), about)
+        try:
+            before = labels.check(read_json(plan, "label plan"), plan)
+            differing = _differing(before, about)
+        except MismatchError:  # it says what to do
+            raise
+        except W2SError as error:
+            raise W2SError(
+                f"{error}. So it is not known whose labels {out} holds; choose another --out, or --force to relabel"
+            ) from error
         if differing:
             raise MismatchError(
                 f"{out} holds labels of something else ({'; '.join(differing)}); choose another --out, or --force to relabel"

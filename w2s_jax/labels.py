@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError, read_json, write_atomic
-from w2s_jax.views import Views
+from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint, read_json, write_atomic
+from w2s_jax.views import RENDERING, Views
 
 #: Views in a shard: what a kill can cost at most.
 SHARD_VIEWS = 256
@@ -52,8 +52,9 @@ def shard_path(directory: Path, number: int) -> Path:
 
 
 def write_shard(directory: Path, number: int, rows: np.ndarray, values: np.ndarray, names: tuple[str, ...]) -> None:
-    """Write one shard: rows int64 [n] and values float32 [n, names]."""
+    """Write one shard: rows int64 [n] and values float32 [n, names], with a checksum of both."""
     table = pa.table({"view": rows, **{name: values[:, at] for at, name in enumerate(names)}})
+    table = table.replace_schema_metadata({"checksum": _checksum(rows, values, names)})
     write_atomic(shard_path(directory, number), lambda path: pq.write_table(table, path))
 
 
@@ -62,10 +63,47 @@ def read_shard(directory: Path, number: int, rows: np.ndarray, names: tuple[str,
     try:
         table = pq.read_table(shard_path(directory, number))
         values = np.stack([table[name].to_numpy() for name in names], axis=1)
+        checksum = (table.schema.metadata or {}).get(b"checksum")  # None: written before there were any
+        if checksum is not None and checksum.decode() != _checksum(table["view"].to_numpy(), values, names):
+            return None
         whole = np.array_equal(table["view"].to_numpy(), rows) and values.dtype == np.float32 and np.isfinite(values).all()
-    except (OSError, KeyError, ValueError, pa.ArrowException):
+    except Exception:  # damaged bytes make pyarrow raise almost anything
         return None
     return values if whole else None
+
+
+def _checksum(rows: np.ndarray, values: np.ndarray, names: tuple[str, ...]) -> str:
+    return fingerprint(list(names), np.asarray(rows, np.int64).tobytes(), np.asarray(values, np.float32).tobytes())
+
+
+def signed(about: dict) -> dict:
+    """``about`` with a checksum of all its other entries."""
+    return {**about, "checksum": fingerprint({key: value for key, value in about.items() if key != "checksum"})}
+
+
+def check(about: dict, path: Path) -> dict:
+    """Refuse what is not a description of labels, of a version that is not known, damaged, or of another rendering.
+
+    Raises:
+        UsageError: ``path`` describes something else.
+        MismatchError: an unknown version, or the teacher heard views that were rendered in another way.
+        W2SError: not as it was written.
+    """
+    if about.get("format") != "w2s-labels":
+        raise UsageError(f"{path} does not describe labels of w2s_jax")
+    if about.get("version") != 1:
+        raise MismatchError(
+            f"{path} describes labels of version {about.get('version')}, this w2s_jax reads version 1: update w2s_jax, or "
+            "label again into another --out"
+        )
+    if about.get("checksum", signed(about)["checksum"]) != signed(about)["checksum"]:
+        raise W2SError(f"{path} is damaged or was changed after it was written")
+    if (rendering := about.get("rendering", 1)) != RENDERING:  # not noted: made before there was another
+        raise MismatchError(
+            f"{path}: the teacher heard views of rendering {rendering}, a student would hear rendering {RENDERING}; "
+            "label again (w2s label --force)"
+        )
+    return about
 
 
 def read(directory: str | os.PathLike, views: Views) -> Labels:
@@ -73,13 +111,16 @@ def read(directory: str | os.PathLike, views: Views) -> Labels:
 
     Raises:
         UsageError: there are no labels.
-        MismatchError: they belong to other views.
-        W2SError: a shard is missing or damaged (names it, and the command that makes only that one again).
+        MismatchError: they belong to other views, or to views that were rendered in another way, or are of an unknown version.
+        W2SError: labels.json or a shard is missing or damaged (names it, and the command that makes only that one again).
     """
     directory = Path(directory)
-    about = read_json(directory / "labels.json", "labels")
-    if about.get("format") != "w2s-labels":
-        raise UsageError(f"{directory / 'labels.json'} does not describe labels of w2s_jax")
+    try:
+        about = check(read_json(directory / "labels.json", "labels"), directory / "labels.json")
+    except (UsageError, MismatchError):
+        raise
+    except W2SError as error:
+        raise W2SError(f"{error}; run the same w2s label command again: it writes this file anew") from error
     if about["views"] != views.fingerprint:
         raise MismatchError(
             f"the labels at {directory} belong to views {about['views']}, but these are views {views.fingerprint}; "

@@ -244,6 +244,11 @@ def train(
     training = views.where("train")
     if not len(training):
         raise UsageError("the views have no training split; build the bank with one")
+    if len(views.where("validation")) == 1:
+        raise UsageError(
+            "there is one validation view, and a CCC compares how values vary: it needs two at least. Draw more of each clip "
+            "(w2s views draw --eval-per-clip), or build the bank with more validation clips"
+        )
     if config.steps < 1 or config.batch_size < 2 or config.eval_every < 1 or config.log_every < 1:
         raise UsageError("expected steps ≥ 1, batch_size ≥ 2 (CCC belongs to a set), eval_every ≥ 1, log_every ≥ 1")
     if not 0 < config.crop <= 1:

@@ -33,6 +33,10 @@ COLUMNS = {
 }
 
 
+#: The version of what ``w2s_jax.render`` makes of a recipe. Labels note it, so that a student never hears other audio than its
+#: teacher did: whoever changes the rendered samples adds 1.
+RENDERING = 1
+
 #: Where a mixture's partner may come from.
 PARTNERS = ("bank", "shard")
 
@@ -75,8 +79,29 @@ class Views:
             )
         return self
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the table as parquet, atomically."""
+    def save(self, path: str | os.PathLike, force: bool = False) -> None:
+        """Write the table as parquet, atomically. The same views that are there already are left as they are.
+
+        Args:
+            path: the file.
+            force: replace other views; a file that is no table of views is never replaced.
+
+        Raises:
+            MismatchError: other views, or something else, are there.
+        """
+        path = Path(path)
+        if path.exists():
+            try:
+                there = read(path).fingerprint
+                if there == self.fingerprint:
+                    return
+                found = f"{path} holds other views (fingerprint {there}, these are {self.fingerprint})"
+            except UsageError as error:
+                raise MismatchError(f"{error}. It is not replaced: choose another --out") from error
+            except W2SError as error:
+                found = str(error)
+            if not force:
+                raise MismatchError(f"{found}; choose another --out, or --force to replace it")
         table = pa.table({name: pa.array(self.columns[name]) for name in COLUMNS})
         table = table.replace_schema_metadata({"w2s": json.dumps({**self.about, "fingerprint": self.fingerprint})})
         write_atomic(path, lambda temporary: pq.write_table(table, temporary))
@@ -87,23 +112,31 @@ def read(path: str | os.PathLike) -> Views:
 
     Raises:
         UsageError: no such file, or not views.
-        W2SError: the file is damaged.
+        W2SError: the file is damaged, or of another version.
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"no views at {path}: no such file; make them with w2s views draw BANK --out {path}")
+        found = "it is not a file" if path.exists() else "no such file"
+        raise UsageError(f"no views at {path}: {found}; make them with w2s views draw BANK --out FILE")
+    with open(path, "rb") as file:
+        if file.read(4) != b"PAR1":
+            raise UsageError(f"{path} is not parquet, so no table of views; make one with w2s views draw")
     try:
         table = pq.read_table(path)
         about = json.loads((table.schema.metadata or {}).get(b"w2s", b"{}"))
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise W2SError(f"{path} is damaged or not parquet: {error}") from error
-    if about.get("format") != "w2s-views" or set(COLUMNS) - set(table.column_names):
-        raise UsageError(f"{path} is a parquet file, but not a table of views; make one with w2s views draw")
-    stored = about.pop("fingerprint")
-    columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items() if name != "split"}
-    splits = table["split"].combine_chunks().dictionary_encode()  # or every row would have a text of its own
-    columns["split"] = splits.dictionary.to_numpy(zero_copy_only=False)[splits.indices.to_numpy()]
-    views = Views(columns, about)
+        if not isinstance(about, dict) or about.get("format") != "w2s-views":
+            raise UsageError(f"{path} is a parquet file, but not a table of views; make one with w2s views draw")
+        if about.get("version") != 1:
+            raise W2SError(f"{path} holds views of version {about.get('version')}; this w2s_jax reads version 1")
+        stored = about.pop("fingerprint")
+        columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items() if name != "split"}
+        splits = table["split"].combine_chunks().dictionary_encode()  # or every row would have a text of its own
+        columns["split"] = splits.dictionary.to_numpy(zero_copy_only=False)[splits.indices.to_numpy()]
+        views = Views(columns, about)
+    except W2SError:
+        raise
+    except Exception as error:  # damaged bytes make pyarrow raise almost anything
+        raise W2SError(f"{path} is damaged ({type(error).__name__}: {error}); draw the views again") from error
     if views.fingerprint != stored:
         raise W2SError(f"{path} was changed after it was written (fingerprint {views.fingerprint}, expected {stored})")
     return views
