@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -120,6 +121,8 @@ class Predictor:
                 when the iterator gets there, as for a call.
             W2SError: as for a call, when the iterator gets there; positions count from the start of the audio.
         """
+        if not (math.isfinite(window) and math.isfinite(hop)):
+            raise UsageError(f"window and hop are seconds, got {window} and {hop}")
         size, step = round(window * self.sampling_rate), round(hop * self.sampling_rate)
         if size < self.minimum_samples:
             raise UsageError(f"a window needs at least {self.minimum_samples} samples, got {window} s = {size}")
