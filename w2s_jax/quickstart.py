@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from w2s_jax.artifacts import MismatchError, read_json, write_atomic
 from w2s_jax.bank import Bank
 from w2s_jax.bank import build as build_bank
 from w2s_jax.evaluate import evaluate
+from w2s_jax.install import program
 from w2s_jax.runtime import Predictor
 
 #: What the student hears and how long it learns; about three minutes on two cores, found by trial.
@@ -101,9 +103,7 @@ def run(workdir: Path, out: Console | None = None, shown: Callable | None = None
         out.print(f"Without {kind}: {why}", style="bold", markup=False, highlight=False)
     out.print(f"A/D/V over time, student and teacher: {picture}")
     out.print(f"All of it took {seconds / 60:.1f} minutes. The values imitate a rule; for emotion, give it a real teacher.")
-    out.print("\nNext:", style="bold")
-    out.print(f"  w2s predict {workdir / 'model'} YOUR.wav --window 2 --hop 0.5")
-    out.print("  w2s bank build YOUR_FOLDER --out bank        (then views draw, label, train, eval, export: see the README)")
+    _next(out, workdir / "model", corpus.parent / bank.clips["name"][np.flatnonzero(bank.clips["split"] == "test")[0]])
     return {
         "mean_ccc": scores["mean"],
         "ccc": {name: scores[name]["ccc"] for name in known.dimensions},
@@ -133,6 +133,18 @@ def _steps(workdir: Path, asked: int | None, out: Console) -> int:
     if there != STEPS:
         out.print(f"{kept} holds a run of {there} steps, which is kept; for the usual {STEPS} delete {kept} and run this again")
     return there
+
+
+def _next(out: Console, model: Path, audio: Path) -> None:
+    """Print commands that work when they are typed as they are."""
+    w2s, model, audio = program("w2s"), shlex.quote(str(model)), shlex.quote(str(audio))
+    out.print("\nNext:", style="bold")
+    for command in (
+        f"{w2s} predict {model} {audio} --window 2 --hop 0.5",
+        f"{w2s} predict {model} YOUR.wav --window 2 --hop 0.5",
+        f"{w2s} bank build YOUR_FOLDER --out bank        (then views draw, label, train, eval, export: see the README)",
+    ):
+        out.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _median_milliseconds(predictor: Predictor, runs: int = 15) -> float:

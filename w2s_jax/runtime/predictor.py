@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -143,6 +144,8 @@ class Predictor:
                 when the iterator gets there, as for a call.
             W2SError: as for a call, when the iterator gets there; positions count from the start of the audio.
         """
+        if not (math.isfinite(window) and math.isfinite(hop)):
+            raise UsageError(f"window and hop are seconds, got {window} and {hop}")
         size, step = round(window * self.sampling_rate), round(hop * self.sampling_rate)
         if size < self.minimum_samples:
             raise UsageError(f"a window needs at least {self.minimum_samples} samples, got {window} s = {size}")
