@@ -161,6 +161,32 @@ def test_one_unreadable_file_does_not_stop_the_rest(chain, corpus, tmp_path, w2s
     assert "empty.wav" in err
 
 
+def test_leaks_between_splits_and_other_views_are_refused_with_the_way_out(bank, corpus, tmp_path, w2s):
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / f"{name}.wav").write_bytes((corpus / f"0{'abcd'.index(name) % 3}.wav").read_bytes())
+    (tmp_path / "corpus.csv").write_text("file,split\na.wav,train\nb.wav,train\nc.wav,validation\nd.wav,test\n")
+    build = ("bank", "build", tmp_path / "corpus.csv", "--corpus", "csv", "--out", tmp_path / "bank")
+    code, _, err = w2s(*build)
+    assert code == 1 and len(err.splitlines()) == 1
+    assert "a.wav (train) is d.wav (test)" in err and "--leaks drop" in err
+    code, out, err = w2s(*build, "--leaks", "drop", "--json")
+    assert code == 0 and "left out of train" in err
+    assert json.loads(out.splitlines()[-1])["splits"] == {"train": 1, "validation": 1, "test": 1}
+    drawing = ("views", "draw", bank.path, "--out", tmp_path / "views.parquet", "--seconds", "0.5")
+    assert w2s(*drawing)[0] == w2s(*drawing)[0] == 0
+    code, _, err = w2s(*drawing, "--seed", 1)
+    assert code == 1 and "views.parquet holds other views" in err and "--force" in err
+    assert w2s(*drawing, "--seed", 1, "--force")[0] == 0
+
+
+def test_few_clips_have_no_interval_on_the_command_line(chain, w2s):
+    at, lines = chain
+    report = lines["eval"][0]
+    assert report["notes"][0].startswith("4 clips are too few for a confidence interval")
+    assert report["teacher"]["arousal"]["low"] is None
+    assert "4 clips are too few" in lines["eval"][1].stdout
+
+
 def test_long_files_are_read_in_windows(chain, tmp_path, w2s):
     soundfile.write(tmp_path / "long.wav", np.tile(voice(5.0, 1), 15), 16_000)  # 75 s: over the limit of one piece
     _, out, _ = w2s("predict", chain[0] / "model", tmp_path / "long.wav", "--format", "jsonl")

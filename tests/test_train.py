@@ -293,6 +293,14 @@ def test_evaluation_against_teacher_and_people(run, bank, views, labels, tmp_pat
     assert json.loads((tmp_path / "eval_test.json").read_text()) == report
 
 
+def test_one_validation_view_has_no_ccc(bank, views, labels, tmp_path):
+    few = np.concatenate([views.where("train"), views.where("validation")[:1]])
+    one = type(views)({name: column[few] for name, column in views.columns.items()}, views.about)
+    with pytest.raises(UsageError, match=r"there is one validation view, and a CCC compares how values vary.*--eval-per-clip"):
+        training.train(config.load("wav2small"), bank, one, labels, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def source(run, tmp_path):
     """A student directory with weights, a front end and an output unit that no run starts with by itself."""

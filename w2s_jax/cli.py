@@ -650,7 +650,7 @@ def _scores(scores: dict, title: str) -> None:
         table.add_column(column, justify="right")
     for name, score in scores.items():
         if name != "mean":
-            table.add_row(name, *("–" if score[key] is None else f"{score[key]:.3f}" for key in ("ccc", "low", "high")))
+            table.add_row(name, *("-" if score[key] is None else f"{score[key]:.3f}" for key in ("ccc", "low", "high")))
     table.add_row("mean", f"{scores['mean']:.3f}", "", "")
     out.print(table)
 
