@@ -417,6 +417,30 @@ def test_a_wrong_graph_pass_is_left_out(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_quickstart_ends_with_the_kinds_that_hold(tmp_path, monkeypatch):
+    """Its last lines say which kind is not there and why; it is no failure of the chain."""
+    pytest.importorskip("espeakng_loader", reason="needs pip install 'w2s-jax[quickstart]'")
+    import io
+
+    from rich.console import Console
+
+    from w2s_jax import quickstart
+
+    def torn(*arguments):
+        raise W2SError("[every] number of it is wrong")  # brackets are rich's markup
+
+    monkeypatch.setattr(package, "PARITY_LENGTHS", ())
+    monkeypatch.setattr(package.direct, "quantize_direct", torn)
+    out = Console(file=io.StringIO(), width=120)
+    with pytest.warns(UserWarning, match="int8 is not written"):
+        result = quickstart.run(tmp_path, out, steps=2)
+    said = out.file.getvalue()
+    assert "Without int8: [every] number of it is wrong" in said and "Next:" in said and "model.int8.onnx" not in said
+    assert result["failed"] == {"int8": "[every] number of it is wrong"} and result["int8_ccc"] is None
+    assert set(result["bytes"]) == {"model.onnx"} and set(result["milliseconds_for_5_s"]) == {"fp32"}
+
+
+@pytest.mark.slow
 def test_the_command_measures_beside_a_yardstick(small, tmp_path):
     export_student(small, tmp_path / "first")
     command = [sys.executable, "-m", "w2s_jax.cli", "export", small, "--out", tmp_path / "model", "--json"]
