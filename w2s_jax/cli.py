@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -1053,6 +1054,7 @@ def main() -> None:
     arguments = [option for option in options if option != "--debug"] + arguments[len(options) :]
     if not debug:
         warnings.showwarning = lambda message, *_, **__: print(f"w2s: warning: {_one_line(message)}", file=sys.stderr)
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home it makes do, and says so in three lines
     try:
         code = app(arguments, standalone_mode=False, prog_name="w2s") or 0
         if code == 130:  # typer has caught the KeyboardInterrupt, and says nothing
