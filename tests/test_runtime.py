@@ -1,5 +1,6 @@
 """The runtime on a toy ONNX graph whose outputs are known by hand: mean, largest sample, and number of samples."""
 
+import math
 import subprocess
 import sys
 import threading
