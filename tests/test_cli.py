@@ -512,3 +512,9 @@ def test_make_refuses_another_python_in_one_sentence(tmp_path):
     assert done.returncode != 0
     assert f"w2s_jax needs Python 3.11 to 3.13; {old} is 3.10. Choose another one: make lint PYTHON=python3.1" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_an_out_that_is_not_utf8_is_refused_in_one_line(w2s, speech, tmp_path):
+    code, _, err = w2s("bank", "build", speech, "--out", os.fsdecode(os.fsencode(tmp_path) + b"/b\xff"))
+    assert code == 2
+    assert "/b\\udcff" in err and "is not valid UTF-8" in err.splitlines()[-1]

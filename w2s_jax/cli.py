@@ -1078,6 +1078,10 @@ def main() -> None:
         if debug:
             raise
         code = _fail(f"{type(error).__name__}: {error}", 1)
+    except UnicodeEncodeError as error:  # of libraries that take only UTF-8: pyarrow, orbax
+        if debug:
+            raise
+        code = _fail(f"{ascii(error.object[:300])} is not valid UTF-8, as a file here has to be named; choose another name", 2)
     except Exception as error:
         if debug:
             raise
