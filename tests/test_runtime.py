@@ -1,5 +1,6 @@
 """The runtime on a toy ONNX graph whose outputs are known by hand: mean, largest sample, and number of samples."""
 
+import math
 import subprocess
 import sys
 import threading
@@ -238,6 +239,9 @@ def test_windows_refuse(predictor):
         predictor.windows(ramp(99), 16_000, *seconds(3, 1))
     with pytest.raises(UsageError, match="hop"):
         predictor.windows(ramp(99), 16_000, *seconds(8, 0))
+    for window, hop in ((math.inf, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, math.nan)):
+        with pytest.raises(UsageError, match="are seconds"):
+            predictor.windows(ramp(99), 16_000, window, hop)
     with pytest.raises(UsageError, match="blocks must be at 16000 Hz, got 8000"):
         predictor.windows(iter([ramp(99)]), 8000, *seconds(8, 4))
     with pytest.raises(W2SError, match="sample 12 is nan"):

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -1090,6 +1091,7 @@ def main() -> None:
     arguments = [option for option in options if option != "--debug"] + arguments[len(options) :]
     if not debug:
         warnings.showwarning = lambda message, *_, **__: print(f"w2s: warning: {_one_line(message)}", file=sys.stderr)
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home it makes do, and says so in three lines
     try:
         code = app(arguments, standalone_mode=False, prog_name="w2s") or 0
         if code == 130:  # typer has caught the KeyboardInterrupt, and says nothing
@@ -1113,6 +1115,10 @@ def main() -> None:
         if debug:
             raise
         code = _fail(f"{type(error).__name__}: {error}", 1)
+    except UnicodeEncodeError as error:  # of libraries that take only UTF-8: pyarrow, orbax
+        if debug:
+            raise
+        code = _fail(f"{ascii(error.object[:300])} is not valid UTF-8, as a file here has to be named; choose another name", 2)
     except Exception as error:
         if debug:
             raise
