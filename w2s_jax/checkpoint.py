@@ -31,7 +31,14 @@ def save_student(directory: str | Path, name: str, fields: dict, variables: dict
     directory = Path(directory)
     # safetensors writes an array's memory as it lies, transposed or not
     arrays = {"/".join(path): np.ascontiguousarray(leaf) for path, leaf in flatten_dict(variables).items()}
-    write_atomic(directory / WEIGHTS, lambda temporary: save_file(arrays, temporary, {"format": "w2s-student"}))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(arrays, temporary, {"format": "w2s-student"})
+        except SafetensorError as error:  # its kind of OSError
+            raise OSError(str(error)) from error
+
+    write_atomic(directory / WEIGHTS, write)
     config = {
         "format": "w2s-student",
         "version": 1,

@@ -131,9 +131,8 @@ def _make_private(directory: Path) -> None:
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
         unsafe = (
-            f"{directory} is not safe for the compiled kernel: expected a directory of the user {os.geteuid()} that nobody "
-            f"else can write, got owner {found.st_uid}, mode {stat.filemode(found.st_mode)}; delete it, or give it back (chown) and "
-            "close it (chmod 700)"
+            f"{directory} is not safe for the compiled kernel: expected one of the user {os.geteuid()} that nobody else can "
+            f"write, got owner {found.st_uid}, mode {stat.filemode(found.st_mode)}; delete it, or chown it and chmod 700"
         )
         warnings.warn(unsafe, stacklevel=2)
         raise PermissionError(unsafe)
