@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from w2s_jax import SAMPLING_RATE, __version__, models
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError, read_json, write_atomic, write_json
+from w2s_jax.devices import computing
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -51,6 +52,7 @@ def save_student(directory: str | Path, name: str, fields: dict, variables: dict
     write_json(directory / CONFIG, config)
 
 
+@computing()
 def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     """Read a student directory, or a run directory that has one in ``student/``.
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint
 from w2s_jax.checkpoint import check_arrays, differences, refuse
+from w2s_jax.devices import computing
 from w2s_jax.models import RUNNING, mobilenet
 from w2s_jax.models.frontend import MEL_FLOOR
 from w2s_jax.models.mobilenet import Architecture, Bottleneck, Conv, Fused, MobileNetStudent, Separable, Trunk, Universal
@@ -70,6 +71,7 @@ def timm_key(architecture: Architecture, path: tuple[str, ...]) -> str:
     return f"blocks.{stage}.{number}.{module}.{LEAVES[leaf]}"
 
 
+@computing()
 def timm_trunk(name: str, arrays: Mapping[str, np.ndarray], fold_stem: bool = False) -> dict:
     """The variables of a trunk from timm's state dict; strict.
 
@@ -195,6 +197,7 @@ def _not_weights(name: str) -> bool:
     return name.endswith(".num_batches_tracked") or name == "vgg7.logmel_extractor.amin"
 
 
+@computing()
 def wav2small_17k(arrays: dict[str, np.ndarray]) -> dict:
     """audEERING's published Wav2Small 17K as variables of ``Wav2Small17K``.
 

@@ -13,6 +13,7 @@ import numpy as np
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint, metrics
 from w2s_jax.artifacts import MismatchError, UsageError, write_atomic, write_json
 from w2s_jax.bank import Bank
+from w2s_jax.devices import computing
 from w2s_jax.labels import Labels
 from w2s_jax.render import render_on_host
 from w2s_jax.runtime import Predictor
@@ -24,6 +25,7 @@ _BATCH = 32
 SHORTEST = 800
 
 
+@computing()
 def predict_views(
     infer: Callable[[np.ndarray], np.ndarray], bank: Bank, views: Views, rows: np.ndarray, devices: int = 1
 ) -> np.ndarray:
@@ -75,6 +77,7 @@ def load(path: str | os.PathLike) -> tuple[Callable[[np.ndarray], np.ndarray], t
     return jax.jit(partial(student.apply, variables)), tuple(config["dimensions"]), config["teacher"]
 
 
+@computing()
 def evaluate(
     path: str | os.PathLike,
     bank: Bank,
@@ -150,6 +153,7 @@ def evaluate(
     return report
 
 
+@computing()
 def evaluate_teacher(
     teacher: Callable[[np.ndarray], np.ndarray],
     bank: Bank,

@@ -36,6 +36,7 @@ from ml_collections import ConfigDict
 from w2s_jax import __version__, checkpoint, convert, metrics, models, observe
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint, locked, read_json, write_json
 from w2s_jax.bank import Bank
+from w2s_jax.devices import computing
 from w2s_jax.evaluate import predict_views
 from w2s_jax.feed import Batches, DeviceFeed, HostFeed, divide, plan, stack
 from w2s_jax.labels import Labels
@@ -218,6 +219,7 @@ def cropped(step: Callable, share: float, seed: int) -> Callable:
     return step_on_a_part
 
 
+@computing()
 def train(
     config: ConfigDict,
     bank: Bank,

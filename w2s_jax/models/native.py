@@ -292,7 +292,7 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve_plain(x: Array, kernel: Array, time: int, image: bool):
     """``_convolve`` of x as it is; ``image`` where x is the network's input, whose gradient is rarely wanted."""
-    nothing = jnp.zeros(x.shape[2])
+    nothing = jnp.zeros(x.shape[2], jnp.float32)
     return tuple(_forward(x, nothing, nothing, nothing, kernel, time, False))
 
 
@@ -303,7 +303,7 @@ def _convolve_plain_forward(x, kernel, time, image):
 
 def _convolve_plain_backward(time, image, kept, cotangents):
     x, kernel, y, mean = kept
-    nothing = jnp.zeros(x.shape[2])
+    nothing = jnp.zeros(x.shape[2], jnp.float32)
 
     def gradients(parts: int):
         arguments = (x, nothing, nothing, nothing, kernel, y, mean, *cotangents)
