@@ -310,6 +310,49 @@ def test_a_resume_with_another_code_or_kernel_is_told(finished, bank, views, lab
         training.train(config.load("wav2small", TINY), bank, views, labels, finished)
 
 
+def test_a_run_in_64_bit_mode_is_the_same_bit_for_bit(run, bank, views, labels, tmp_path):
+    with jax.experimental.enable_x64():
+        training.train(config.load("wav2small", TINY), bank, views, labels, tmp_path)
+        _, variables, _ = checkpoint.load_student(tmp_path)
+        report = evaluate(tmp_path, bank, views, labels)
+    assert trained(tmp_path) == trained(run[0])
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    assert report == evaluate(run[0], bank, views, labels) | {"path": str(tmp_path)}
+
+
+@pytest.mark.parametrize("form", ["auto", "direct"])
+def test_a_student_in_64_bit_mode_has_the_same_gradients(form):
+    """The compiled kernel refused float64 parameters."""
+    waves = np.random.default_rng(0).standard_normal((4, 1500)).astype(np.float32)
+    student = models.build("wav2small", channels=2, before=1, after=1, form=form)
+
+    def gradients():
+        variables = jax.jit(student.init)(jax.random.key(0), waves)
+
+        def loss(params):
+            heard = student.apply({**variables, "params": params}, waves, train=True, mutable="batch_stats")[0]
+            return distillation_loss(heard, waves[:, :3], l2=0.1)[0]
+
+        return variables, jax.jit(jax.grad(loss))(variables["params"])
+
+    expected = gradients()
+    with jax.experimental.enable_x64():
+        found = gradients()
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), *(jax.device_get((found, expected))))
+
+
+def test_no_device_of_the_wanted_kind_is_one_line(bank, views, labels_path, tmp_path):
+    views.save(tmp_path / "views.parquet")
+    data = ["--bank", bank.path, "--views", tmp_path / "views.parquet", "--labels", labels_path]
+    command = [sys.executable, "-m", "w2s_jax.cli", "train", "wav2small", *data, "--workdir", tmp_path / "run"]
+    done = subprocess.run(
+        list(map(str, command)), env=os.environ | {"JAX_PLATFORMS": "cuda"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("w2s: error: JAX finds no cuda device (JAX_PLATFORMS=cuda")
+
+
 def test_a_bank_that_the_device_cannot_hold_trains_the_same(run, bank, views, labels, tmp_path):
     settings = config.load("wav2small", [*TINY, "bank_gib=1e-9"])
     training.train(settings, bank, views, labels, tmp_path)

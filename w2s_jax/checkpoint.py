@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import flax.linen as nn
@@ -82,6 +83,24 @@ def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     check_arrays(arrays, expected, f"{directory / WEIGHTS} against student {config['student']}")
     variables = unflatten_dict({tuple(path.split("/")): array for path, array in arrays.items()})
     return student, variables, config
+
+
+#: What torch.compile and DataParallel put before the names of a model that they wrap.
+WRAPPERS = ("_orig_mod.", "module.")
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names of tensors → the same without ``_orig_mod.`` and ``module.``, where every one begins so, in any order.
+
+    Example:
+        >>> unwrapped(["module._orig_mod.adv.bias", "module._orig_mod.adv.weight"])["module._orig_mod.adv.bias"]
+        'adv.bias'
+    """
+    names = list(names)
+    bare = names
+    while prefix := next((p for p in WRAPPERS if bare and all(name.startswith(p) for name in bare)), None):
+        bare = [name.removeprefix(prefix) for name in bare]
+    return dict(zip(names, bare, strict=True))
 
 
 def check_arrays(arrays: dict, expected: dict[str, tuple], what: str) -> None:

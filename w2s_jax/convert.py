@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint
-from w2s_jax.checkpoint import check_arrays, differences, refuse
+from w2s_jax.checkpoint import check_arrays, differences, refuse, unwrapped
 from w2s_jax.devices import computing
 from w2s_jax.models import RUNNING, mobilenet
 from w2s_jax.models.frontend import MEL_FLOOR
@@ -143,7 +143,7 @@ def load_timm(path: str | os.PathLike, name: str, fold_stem: bool = False) -> di
 
 
 def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file; a pickle is refused unopened."""
+    """The arrays of a safetensors file, by their names outside of any wrapper; a pickle is refused unopened."""
     try:
         with open(path, "rb") as file:
             head = file.read(2)
@@ -156,7 +156,8 @@ def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
         )
     try:
-        return load_file(path)
+        arrays = load_file(path)
+        return {bare: arrays[name] for name, bare in unwrapped(arrays).items()}
     except (SafetensorError, TypeError) as error:  # a TypeError is a number format that numpy does not have
         raise W2SError(f"{path} is damaged or not a safetensors file of floats: {error}") from error
 
