@@ -107,10 +107,13 @@ def _random_variables(student) -> dict:
     import jax
     import jax.numpy as jnp
 
+    from w2s_jax.devices import computing
     from w2s_jax.models.frontend import LogMel
 
     generator = np.random.default_rng(0)
-    shapes = dict(jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE))))
+    with computing():
+        shapes = dict(jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE))))
+        logmel = LogMel(student.n_fft, student.hop, student.n_mels).init(jax.random.key(0), jnp.zeros((1, student.n_fft)))
 
     def drawn(path, leaf) -> np.ndarray:
         if path[-1].key in ("scale", "var"):
@@ -120,7 +123,6 @@ def _random_variables(student) -> dict:
         fan_in = math.prod(leaf.shape[:-1])
         return (generator.standard_normal(leaf.shape) * math.sqrt(2 / fan_in)).astype(np.float32)
 
-    logmel = LogMel(student.n_fft, student.hop, student.n_mels).init(jax.random.key(0), jnp.zeros((1, student.n_fft)))
     variables = {part: jax.tree_util.tree_map_with_path(drawn, shapes[part]) for part in ("params", "batch_stats")}
     return {**variables, "frontend": {"logmel": logmel["frontend"]}}
 

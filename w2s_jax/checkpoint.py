@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from w2s_jax import SAMPLING_RATE, __version__, models
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError, read_json, write_atomic, write_json
+from w2s_jax.devices import computing
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -31,7 +33,14 @@ def save_student(directory: str | Path, name: str, fields: dict, variables: dict
     directory = Path(directory)
     # safetensors writes an array's memory as it lies, transposed or not
     arrays = {"/".join(path): np.ascontiguousarray(leaf) for path, leaf in flatten_dict(variables).items()}
-    write_atomic(directory / WEIGHTS, lambda temporary: save_file(arrays, temporary, {"format": "w2s-student"}))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(arrays, temporary, {"format": "w2s-student"})
+        except SafetensorError as error:  # its kind of OSError
+            raise OSError(str(error)) from error
+
+    write_atomic(directory / WEIGHTS, write)
     config = {
         "format": "w2s-student",
         "version": 1,
@@ -44,6 +53,7 @@ def save_student(directory: str | Path, name: str, fields: dict, variables: dict
     write_json(directory / CONFIG, config)
 
 
+@computing()
 def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     """Read a student directory, or a run directory that has one in ``student/``.
 
@@ -73,6 +83,24 @@ def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     check_arrays(arrays, expected, f"{directory / WEIGHTS} against student {config['student']}")
     variables = unflatten_dict({tuple(path.split("/")): array for path, array in arrays.items()})
     return student, variables, config
+
+
+#: What torch.compile and DataParallel put before the names of a model that they wrap.
+WRAPPERS = ("_orig_mod.", "module.")
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names of tensors → the same without ``_orig_mod.`` and ``module.``, where every one begins so, in any order.
+
+    Example:
+        >>> unwrapped(["module._orig_mod.adv.bias", "module._orig_mod.adv.weight"])["module._orig_mod.adv.bias"]
+        'adv.bias'
+    """
+    names = list(names)
+    bare = names
+    while prefix := next((p for p in WRAPPERS if bare and all(name.startswith(p) for name in bare)), None):
+        bare = [name.removeprefix(prefix) for name in bare]
+    return dict(zip(names, bare, strict=True))
 
 
 def check_arrays(arrays: dict, expected: dict[str, tuple], what: str) -> None:

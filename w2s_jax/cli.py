@@ -545,8 +545,10 @@ def train(
     """Train a student on a teacher's labels, on all devices of this process and of those that it joins.
 
     WORKDIR gets config.json, metrics.jsonl, TensorBoard events, checkpoints, and the best student in student/. Ctrl-C and
-    SIGTERM write a last checkpoint (exit code 130 and 143); the same command goes on from it. Processes that are joined
-    (--distributed, or --coordinator with --processes and --process) share WORKDIR; each reads only its part of the bank.
+    SIGTERM write a last checkpoint (exit code 130 and 143); the same command goes on from it. With more --set steps, a run,
+    finished or not, goes on with the learning rates that the schedule over so many steps has from there on. Processes that
+    are joined (--distributed, or --coordinator with --processes and --process) share WORKDIR; each reads only its part of the
+    bank.
     """
     config, bank, views, labels, work = (heavy(name, "train") for name in ("config", "bank", "views", "labels", "train"))
     experiment_config = config.load(experiment, settings or [])

@@ -16,6 +16,7 @@ import numpy as np
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, __version__, checkpoint, machine, models
 from w2s_jax.artifacts import FILES, UsageError, W2SError, write_atomic
+from w2s_jax.devices import computing
 from w2s_jax.export import direct, litert
 from w2s_jax.export import onnx as graph
 from w2s_jax.export.compact import compact
@@ -61,6 +62,7 @@ SOURCE = "arXiv 2408.13920"
 _HUB_LICENCES = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "bsd-3-clause")
 
 
+@computing()
 def export_student(
     run_or_student_dir: str | Path,
     out: str | Path,
@@ -210,6 +212,7 @@ def _filled(student) -> str:
     return "all" if -student.channels % BLOCK <= student.channels / 4 else "none"
 
 
+@computing()
 def build(
     kind: str,
     student,

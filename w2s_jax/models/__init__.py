@@ -15,6 +15,7 @@ except ImportError as error:
 
 from w2s_jax import SAMPLING_RATE
 from w2s_jax.artifacts import UsageError
+from w2s_jax.devices import computing
 from w2s_jax.models.cnn14 import CNN14
 from w2s_jax.models.forms import RUNNING  # noqa: F401 (part of the API)
 from w2s_jax.models.frontend import PRESETS  # noqa: F401 (part of the API)
@@ -68,6 +69,7 @@ def build(name: str, **fields) -> nn.Module:
     return STUDENTS[name](**fields)
 
 
+@computing()
 def count(student: nn.Module) -> dict[str, int]:
     """Parameters of a student, ``trained`` and ``fixed`` (the front end), without computing anything."""
     shapes = jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE)))
@@ -75,6 +77,7 @@ def count(student: nn.Module) -> dict[str, int]:
     return {"trained": sizes["params"], "fixed": sizes["frontend"]}
 
 
+@computing()
 def macs(student: nn.Module, samples: int = 5 * SAMPLING_RATE) -> int:
     """Multiply-accumulates of one utterance in inference, counted from the traced network; nothing is computed.
 

@@ -131,9 +131,8 @@ def _make_private(directory: Path) -> None:
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
         unsafe = (
-            f"{directory} is not safe for the compiled kernel: expected a directory of the user {os.geteuid()} that nobody "
-            f"else can write, got owner {found.st_uid}, mode {stat.filemode(found.st_mode)}; delete it, or give it back (chown) and "
-            "close it (chmod 700)"
+            f"{directory} is not safe for the compiled kernel: expected one of the user {os.geteuid()} that nobody else can "
+            f"write, got owner {found.st_uid}, mode {stat.filemode(found.st_mode)}; delete it, or chown it and chmod 700"
         )
         warnings.warn(unsafe, stacklevel=2)
         raise PermissionError(unsafe)
@@ -293,7 +292,7 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve_plain(x: Array, kernel: Array, time: int, image: bool):
     """``_convolve`` of x as it is; ``image`` where x is the network's input, whose gradient is rarely wanted."""
-    nothing = jnp.zeros(x.shape[2])
+    nothing = jnp.zeros(x.shape[2], jnp.float32)
     return tuple(_forward(x, nothing, nothing, nothing, kernel, time, False))
 
 
@@ -304,7 +303,7 @@ def _convolve_plain_forward(x, kernel, time, image):
 
 def _convolve_plain_backward(time, image, kept, cotangents):
     x, kernel, y, mean = kept
-    nothing = jnp.zeros(x.shape[2])
+    nothing = jnp.zeros(x.shape[2], jnp.float32)
 
     def gradients(parts: int):
         arguments = (x, nothing, nothing, nothing, kernel, y, mean, *cotangents)
