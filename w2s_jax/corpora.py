@@ -25,8 +25,8 @@ from w2s_jax.audio import printable
 
 SPLITS = ("train", "validation", "test")
 
-#: File names that :func:`folder` takes for audio: what libsndfile reads, what ffmpeg does, and headerless formats, which nothing
-#: does: a file that cannot be decoded is reported as such, and not left out.
+#: File names that :func:`folder` takes for audio: what libsndfile reads, what ffmpeg does, and headerless formats, which
+#: nothing does: a file that cannot be decoded is reported as such, and not left out.
 EXTENSIONS = (
     *(".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".mp1", ".mp2", ".mp3", ".mpga", ".oga", ".ogg", ".opus"),
     *(".aif", ".aifc", ".aiff", ".au", ".caf", ".nist", ".snd", ".sph", ".voc"),
@@ -109,8 +109,8 @@ def read(corpus: str, source: str | os.PathLike, **options: object) -> list[Clip
 def folder(source: Path, split_by: str = "none") -> list[Clip]:
     """Every audio file below a directory, known by its extension, in the order of the names.
 
-    Other files are counted in a :class:`CorpusWarning`. Hidden files and directories are skipped. Links are followed, but into each directory once and never upwards, so
-    that loops end.
+    Other files are counted in a :class:`CorpusWarning`. Hidden files and directories are skipped. Links are followed, but into
+    each directory once and never upwards, so that loops end.
 
     Args:
         source: the directory.
