@@ -399,7 +399,7 @@ class _Ffmpeg:
         self._name, self.format = printable(path), kind
         program = shutil.which("ffmpeg")
         if program is None:
-            given = self._name if re.match(r"[^-:]+$", self._name) else f"file:{self._name}"
+            given = self._name if re.fullmatch(r"[^-:][^:]*", self._name) else f"file:{self._name}"
             line = f"ffmpeg -i {shlex.quote(given)} {shlex.quote(os.path.splitext(given)[0].removeprefix('file:') + '.wav')}"
             raise UnreadableAudioError(
                 f"cannot read {self._name}: it is {kind}, which takes ffmpeg, and there is none on this machine; "
