@@ -149,6 +149,10 @@ class Bits(StrEnum):
 
 # options of every command that loads a teacher
 Dimensions = Annotated[str | None, typer.Option("--dimensions", help="Names of an onnx: teacher's outputs, commas between.")]
+Output = Annotated[
+    str | None,
+    typer.Option("--output", metavar="NAME", help="Of an onnx: teacher with several, the one to take.", show_default="logits"),
+]
 CheckpointDir = Annotated[
     Path | None,
     typer.Option(
@@ -177,7 +181,7 @@ Processes = Annotated[int | None, typer.Option(min=1, help="How many processes t
 Process = Annotated[int | None, typer.Option(min=0, help="Which of them this one is, from 0.")]
 
 
-def _teacher(name: str, checkpoint_dir, dimensions: str | None, dtype, normalisation, revision):
+def _teacher(name: str, checkpoint_dir, dimensions: str | None, dtype, normalisation, revision, output: str | None = None):
     """Load a teacher from the options of a command."""
     err.print(f"loading teacher {name}")
     return heavy("teachers", "train").load(
@@ -187,6 +191,7 @@ def _teacher(name: str, checkpoint_dir, dimensions: str | None, dtype, normalisa
         dtype=dtype and dtype.value,
         normalisation=normalisation and normalisation.value,
         revision=revision,
+        output=output,
     )
 
 
@@ -408,6 +413,7 @@ def label(
     teacher: Annotated[str, typer.Option(metavar="NAME", help="paper | wavlm | wav2vec2 | acoustic | dnsmos | onnx:FILE")],
     into: Annotated[Path, typer.Option("--out", help="The labels' directory.")],
     dimensions: Dimensions = None,
+    output: Output = None,
     checkpoint_dir: CheckpointDir = None,
     dtype: Dtyped = None,
     normalisation: Normalised = None,
@@ -430,7 +436,7 @@ def label(
     bank, views, work = (heavy(name, "train") for name in ("bank", "views", "label"))
     _join(distributed, coordinator, processes, process)
     the_bank, the_views = bank.Bank(bank_path), views.read(views_path)
-    the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision)
+    the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision, output)
     began = time.perf_counter()
     with shown("label", "views") as report:
         about = work.label(
@@ -467,6 +473,7 @@ def _join(distributed: bool, coordinator: str | None, processes: int | None, pro
 def teacher_check(
     teacher: Annotated[str, typer.Argument(metavar="NAME", help="paper | wavlm | wav2vec2 | acoustic | dnsmos | onnx:FILE")],
     dimensions: Dimensions = None,
+    output: Output = None,
     checkpoint_dir: CheckpointDir = None,
     dtype: Dtyped = None,
     normalisation: Normalised = None,
@@ -483,10 +490,10 @@ def teacher_check(
     if bank_path is not None and dtype is not Dtype.bfloat16:
         raise UsageError("--bank goes with --dtype bfloat16: it shows what that changes in the labels")
     the_bank = heavy("bank", "train").Bank(bank_path) if bank_path else None
-    the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision)
+    the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision, output)
     result = teachers.check(the_teacher, batch_size, seconds)
     if the_bank is not None:
-        exact = _teacher(teacher, checkpoint_dir, dimensions, Dtype.float32, normalisation, revision)
+        exact = _teacher(teacher, checkpoint_dir, dimensions, Dtype.float32, normalisation, revision, output)
         result["bfloat16"] = teachers.compare(the_teacher, exact, the_bank.excerpts("train", 32, seconds))
     table = Table(title=f"teacher {the_teacher.name}", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
@@ -596,6 +603,8 @@ def evaluate(
     teacher: Annotated[
         str | None, typer.Option(metavar="NAME", help="Instead of RUN|MODEL: this teacher, on whole clips.")
     ] = None,
+    dimensions: Dimensions = None,
+    output: Output = None,
     checkpoint_dir: CheckpointDir = None,
     dtype: Dtyped = None,
     normalisation: Normalised = None,
@@ -613,7 +622,7 @@ def evaluate(
         if views_path or labels_path:
             raise UsageError("--teacher hears whole clips and is compared with people: --views and --labels are for a student")
         the_bank = bank.Bank(bank_path)
-        the_teacher = _teacher(teacher, checkpoint_dir, None, dtype, normalisation, revision)
+        the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision, output)
         with shown("eval", "clips") as progress:
             report = work.evaluate_teacher(
                 the_teacher, the_bank, split=split.value, batch_size=batch_size or 8, out=into, progress=progress
@@ -625,8 +634,9 @@ def evaluate(
             err.print(f"w2s: warning: {the_teacher.doubt}", style="yellow")
         written = into and into / f"teacher_{split.value}"
     else:
-        if any(value is not None for value in (checkpoint_dir, dtype, normalisation, revision, batch_size)):
-            raise UsageError("--checkpoint-dir, --dtype, --normalisation, --revision and --batch-size go with --teacher")
+        if any(value is not None for value in (dimensions, output, checkpoint_dir, dtype, normalisation, revision, batch_size)):
+            options = "--dimensions, --output, --checkpoint-dir, --dtype, --normalisation, --revision and --batch-size"
+            raise UsageError(f"{options} go with --teacher")
         if labels_path and not views_path:
             raise UsageError("--labels belong to views: give --views as well")
         the_bank = bank.Bank(bank_path)

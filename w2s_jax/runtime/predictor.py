@@ -295,6 +295,8 @@ class Predictor:
                 way = "judge it in windows (Predictor.windows, --window)"
                 raise W2SError(f"{self.path} needs too much memory for {len(wave)} samples; {way}") from error
             raise W2SError(f"{self.path} failed on {len(wave)} samples: {one_line(error)}") from error
+        if logits.shape != (1, len(self.dimensions)):
+            raise W2SError(f"{self.path} gave values of the shape {list(logits.shape)}, expected [1, {len(self.dimensions)}]")
         if not np.isfinite(logits).all():
             raise W2SError(
                 f"{self.path} gave values that are not finite; the largest sample is {np.abs(wave).max():.3g}, expected about 1"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from w2s_jax import machine
 from w2s_jax.artifacts import UsageError, W2SError
+from w2s_jax.names import line
 from w2s_jax.runtime import onnxfile
 
 # onnxruntime reports its use to Microsoft from release 1.31 on, and on being imported writes ~/.cache/Microsoft/DeveloperTools;
@@ -90,7 +91,7 @@ def shrinking() -> onnxruntime.RunOptions:
 
 def one_line(error: Exception) -> str:
     """What an exception says, in one line without control characters."""
-    return " ".join(str(error).split())[:300]
+    return line(error, 300)
 
 
 def _check_file(path: str | os.PathLike, name: str) -> None:
