@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -23,6 +24,7 @@ from w2s_jax.export.compact import compact
 from w2s_jax.export.deploy import BLOCK, deploy, in_chunks
 from w2s_jax.export.quantize import COVERAGE, quantize
 from w2s_jax.metrics import ccc
+from w2s_jax.names import line, markdown
 from w2s_jax.runtime import Predictor
 from w2s_jax.runtime.predictor import first_state
 
@@ -97,7 +99,8 @@ def export_student(
         measure: called with kind → file before the directory is written; what it returns of a kind is put into the report.
 
     Returns:
-        What export.json holds: ``files`` (bytes of each but export.json), ``parity`` (limit, max_difference, largest_output,
+        What export.json holds: ``files`` (bytes of each but export.json),
+        ``sha256`` (of the same), ``parity`` (limit, max_difference, largest_output,
         lengths, signals; of fp32 against Flax), ``kinds`` (kind → file, bytes, lengths that it was tried on; of exact kinds
         difference_from_flax on these; max_difference, views and ccc per dimension against fp32 on the check waves; how it was
         calibrated or is to be cut; what ``measure`` found), ``failed`` and ``skipped`` (kind → why it is not there),
@@ -182,6 +185,7 @@ def export_student(
     report["files"] = {name: len(content) for name, content in files.items()}
     files["README.md"] = _card(out.name, facts, config, report).encode()
     report["files"]["README.md"] = len(files["README.md"])
+    report["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[REPORT] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
     write_atomic(out, functools.partial(_write, files))
     say(f"wrote {out}")
@@ -484,7 +488,7 @@ def _row(kind: str, row: dict) -> str:
         off = f"at most {row['difference_from_flax']:.1e} from the Flax student"
     else:
         off = f"at most {row['max_difference']:.2g} from fp32"
-    scores = ", ".join(f"{name} {score:.4f}" for name, score in row.get("ccc", {}).items())
+    scores = ", ".join(f"{markdown(name)} {score:.4f}" for name, score in row.get("ccc", {}).items())
     scores = f"{scores} ({row['views']} clips)" if scores else None
     time = f"{row['milliseconds']:.1f} ms for {row['seconds']:g} s" if "milliseconds" in row else None
     if "ratio" in row:
@@ -529,7 +533,7 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
         "tags": [*(["speech-emotion"] if emotion else []), "knowledge-distillation", "wav2small", "onnx", *dimensions],
     }
     if slug not in _HUB_LICENCES:
-        head["license_name"] = licence
+        head["license_name"] = line(licence)
     if "/" in teacher["name"]:  # a model of the hub has an owner
         head["base_model"] = teacher["name"]
     if validation := config.get("validation_ccc"):  # a run without validation views has none
@@ -544,8 +548,8 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
 
     warning, caution, started = "", "", ""
     if pretrained:
-        terms = f"its licence, whose terms this model inherits too: {pretrained['licence']}"
-        started = f"- Started from: {_started(pretrained)}; {terms}\n"
+        terms = f"its licence, whose terms this model inherits too: {markdown(pretrained['licence'])}"
+        started = f"- Started from: {markdown(_started(pretrained))}; {terms}\n"
     if emotion:
         caution = (
             "- The values describe how speech sounds to listeners on average. They are not a measure of what a person feels;\n"
@@ -556,6 +560,9 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
             "\n> **Stand-in teacher.** The labels behind this model only imitate a real teacher. It shows that the chain "
             "works; its values mean nothing else.\n"
         )
+    # strings that a teacher brings are shown as they are, whatever they would mean in Markdown, HTML or Python
+    names, shown = markdown(", ".join(dimensions)), {key: markdown(teacher[key]) for key in ("name", "fingerprint", "licence")}
+    outputs = ", ".join(f"{json.dumps(dimension, ensure_ascii=False)}: ..." for dimension in dimensions)
     table = "\n".join(_row(kind, row) for kind, row in report["kinds"].items())
     needs = ""
     if narrow := [kind for kind, row in report["kinds"].items() if machine.NEEDS in row]:
@@ -570,13 +577,13 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
 ---
 # {name}
 
-{config["student"]} ({int(facts["parameters"]):,} parameters, {SOURCE}): 16 kHz mono speech in, {", ".join(dimensions)} out.
+{config["student"]} ({int(facts["parameters"]):,} parameters, {SOURCE}): 16 kHz mono speech in, {names} out.
 {warning}
 ```python
 from w2s_jax.runtime import Predictor
 
 predictor = Predictor({json.dumps(name)})
-print(predictor(wave, 16000))  # {{{", ".join(f'"{dimension}": ...' for dimension in dimensions)}}}
+print(predictor(wave, 16000))  # {{{outputs}}}
 ```
 
 Input `signal`, float32 `[1, time]`, any length from {facts["minimum_samples"]} samples on; output `logits`,
@@ -588,7 +595,7 @@ Input `signal`, float32 `[1, time]`, any length from {facts["minimum_samples"]} 
 
 `Predictor({json.dumps(name)}, kind=...)` takes another kind than fp32.{needs}{failed}
 
-- Teacher: {teacher["name"]} (fingerprint {teacher["fingerprint"]}). The student learned its outputs, not human labels.
-- Licence of the teacher, whose terms this model inherits: {teacher["licence"]}
+- Teacher: {shown["name"]} (fingerprint {shown["fingerprint"]}). The student learned its outputs, not human labels.
+- Licence of the teacher, whose terms this model inherits: {shown["licence"]}
 {started}{caution}- Made with w2s_jax {__version__}; how it was checked is in {REPORT}. `audonnx.load` reads this directory too.
 """
