@@ -353,11 +353,11 @@ class _Recordings:
             except soundfile.SoundFileError as error:
                 at = first / self.samplerate
                 raise UnreadableAudioError(f"{self._name} is damaged: nothing at {at:g} s: {_reason(error)}") from error
-            wanted = min(wanted, math.inf if limit is None else limit - first)
-            for chunk in _chunks(file, self._name, size, first, wanted):
-                wanted -= len(chunk)
+            # never more than the header counts: libsndfile would decode what follows, and drop it
+            there = (file.frames if limit is None else min(limit, file.frames)) - first
+            for chunk in _chunks(file, self._name, size, first, min(wanted, there)):
                 yield self._mixed(chunk)
-            if wanted > 0 and not self.layout.parts:
+            if wanted > there and not self.layout.parts:
                 self._check_end()
             return
         resampler = soxr.ResampleStream(file.samplerate, self.samplerate, self.channels, dtype="float32", quality="HQ")
