@@ -333,12 +333,13 @@ def bank_build(
         clips += found
     if leaks is Leaks.drop and len(sources) > 1:
         clips = corpora.drop_leaks(clips)
-    clips = corpora.assign_splits(clips, _numbers(fractions, "--fractions", 3), seed)
+    shares = _numbers(fractions, "--fractions", 3)
+    clips = corpora.assign_splits(clips, shares, seed)
     origin = {
         "corpus": corpus.value,
         "sources": [audio.printable(os.path.abspath(source)) for source in sources],
         "split_by": split_by.value,
-        "fractions": fractions,
+        "fractions": list(shares),
         "seed": seed,
         "leaks": leaks.value,
     }
