@@ -242,7 +242,7 @@ def test_a_foreign_file_has_no_facts(tiny):
 def test_without_an_interpreter(tiny, monkeypatch):
     for module in ("ai_edge_litert.interpreter", "tflite_runtime.interpreter", "tensorflow.lite.python.interpreter"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=r"pip install 'w2s-jax\[litert\]'"):
+    with pytest.raises(UsageError, match=r"pip install .*\[litert\]"):
         litert.Session(tiny)
 
 

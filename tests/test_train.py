@@ -561,7 +561,7 @@ def test_the_model_card_names_what_a_student_started_from(run):
     facts = package._facts(student, about)
     assert facts["pretrained"] == f"student b of teacher c (a, fingerprint {'0' * 16})"
     assert facts["licence"] == "MIT (teacher); CC BY-NC-SA 4.0 (weights that it started from)"
-    card = package._card("model", facts, about, {"kinds": {}})
+    card = package._card("model", facts, about, {"kinds": {}, "failed": {}})
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["license_name"]) == ("other", facts["licence"])
     assert "\n- Started from: student b of teacher c (a, " in card
