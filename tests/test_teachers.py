@@ -838,3 +838,36 @@ def test_published_size(kind, tmp_path):
     np.testing.assert_allclose(teacher(waves), expected_outputs, rtol=0, atol=1e-3)
     # these are not the published weights, and who would label with them is told so
     assert (teacher.doubt is not None) == (kind == "wav2vec2")
+
+
+def several(path, outputs):
+    """An ONNX model [1, time] → outputs (name → how often it gives the mean), without metadata."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    nodes = [helper.make_node("ReduceMean", ["signal"], ["mean"], axes=[1])]
+    nodes += [helper.make_node("Concat", ["mean"] * width, [name], axis=1) for name, width in outputs.items()]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, width]) for name, width in outputs.items()]
+    signal = helper.make_tensor_value_info("signal", TensorProto.FLOAT, [1, "time"])
+    graph = helper.make_graph(nodes, "several", [signal], ends)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return f"onnx:{path}"
+
+
+def test_of_several_outputs_logits_or_the_one_as_wide_as_the_names(tmp_path):
+    names = ("arousal", "dominance", "valence")
+    wave = np.full((1, 800), 0.5, np.float32)
+    published = several(tmp_path / "published.onnx", {"hidden_states": 8, "logits": 3})
+    np.testing.assert_allclose(teachers.load(published, dimensions=names)(wave), [[0.5] * 3])
+    other = several(tmp_path / "other.onnx", {"hidden": 8, "scores": 3})
+    taken = teachers.load(other, dimensions=names)
+    assert taken(wave).shape == (1, 3)
+    wide = teachers.load(other, dimensions=tuple("abcdefgh"), output="hidden")
+    assert wide(wave).shape == (1, 8)
+    assert wide.fingerprint != taken.fingerprint
+    with pytest.raises(UsageError, match=r"several outputs: hidden \[1, 8\], scores \[1, 3\]; choose one: --output NAME"):
+        teachers.load(other)
+    with pytest.raises(UsageError, match="no output 'logits'; its outputs are: hidden"):
+        teachers.load(other, dimensions=names, output="logits")
+    with pytest.raises(UsageError, match="--output is for onnx:FILE"):
+        teachers.load("acoustic", output="logits")
