@@ -152,6 +152,22 @@ def test_three_readers_agree(exported, waves):
         np.testing.assert_allclose(np.ravel(other(wave, 16_000, outputs="logits")), expected, atol=1e-4)
 
 
+def test_audinterface_fills_up_what_is_shorter_than_a_frame(exported):
+    audonnx, audinterface = pytest.importorskip("audonnx"), pytest.importorskip("audinterface")
+    place, _ = exported
+    predictor, model = Predictor(place / "model"), audonnx.load(str(place / "model"))
+    feature = audinterface.Feature(
+        model.labels("logits"),
+        process_func=model,
+        process_func_args={"outputs": "logits"},
+        sampling_rate=16_000,
+        min_signal_dur=predictor.minimum_samples / 16_000,  # as README says; without it onnxruntime raises
+    )
+    wave = np.random.default_rng(0).normal(size=32).astype(np.float32)  # 2 ms
+    expected = list(predictor(np.pad(wave, (0, predictor.minimum_samples - 32))).values())
+    np.testing.assert_allclose(np.ravel(feature.process_signal(wave, 16_000)), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_follows_fp32(exported, waves, kind):
     place, report = exported

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from w2s_jax import SAMPLING_RATE, __version__
+from w2s_jax import SAMPLING_RATE, __version__, names
 from w2s_jax.artifacts import FILES, UsageError, W2SError, missing_extra, write_atomic, write_json
 from w2s_jax.install import pip_install
 from w2s_jax.machine import INTEGER_KINDS
@@ -584,9 +584,9 @@ def _shown_keys(row: Mapping) -> list[str]:
 
 
 def markdown(table: Sequence[Mapping]) -> str:
-    """The table in Markdown."""
-    names = headings(table[0])
-    lines = [names, ["---"] * len(names), *(shown(row) for row in table)]
+    """The table in Markdown; names of models, which may be strangers', show as they are."""
+    headline = headings(table[0])
+    lines = [headline, ["---"] * len(headline), *([names.markdown(cell) for cell in shown(row)] for row in table)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
