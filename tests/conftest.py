@@ -42,6 +42,15 @@ def compiled_at_once():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def limited():
+    """A function that makes files end at so many bytes, as a full disk would; "File too large" is then the system's reason."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """24 clips of 6 speakers, 0.7 to 3 s, with a CSV that gives ratings and splits."""

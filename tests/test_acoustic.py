@@ -1,5 +1,9 @@
 """The acoustic rule. Expected pitches are those the signals are built with, and librosa's YIN."""
 
+import os
+import subprocess
+import sys
+
 import librosa
 import numpy as np
 import pytest
@@ -166,3 +170,29 @@ def test_the_teacher_says_what_it_is(monkeypatch):
     assert before == AcousticTeacher().fingerprint
     monkeypatch.setitem(acoustic.TERMS, "pitch", (0.0, 1.0))
     assert teacher.fingerprint != before
+
+
+# numba looks for a directory where it can make a temporary file; none of them can be written here, as on a read-only machine
+_READ_ONLY = """
+import sys, tempfile
+def refuse(*_, **__): raise OSError(30, "Read-only file system")
+tempfile.TemporaryFile = refuse
+import numpy as np
+from w2s_jax.models.frontend import mel_matrix
+from w2s_jax.teachers.acoustic import AcousticTeacher
+waves = np.load(sys.stdin.buffer)
+np.savez(sys.stdout.buffer, mel=mel_matrix(64, 26), labels=AcousticTeacher()(waves))
+"""
+
+
+def test_mel_filters_and_labels_are_the_same_where_nothing_can_be_written(tmp_path):
+    waves = np.stack([vowel(110), vowel(220, wobble=2)])
+    np.save(tmp_path / "waves.npy", waves)
+    environment = {key: value for key, value in os.environ.items() if key not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    with open(tmp_path / "waves.npy", "rb") as stdin, open(tmp_path / "out.npz", "wb") as stdout:
+        environment |= {"HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-c", _READ_ONLY]
+        subprocess.run(command, stdin=stdin, stdout=stdout, env=environment, cwd=tmp_path, check=True, timeout=120)
+    found = np.load(tmp_path / "out.npz")
+    np.testing.assert_array_equal(found["mel"], librosa.filters.mel(sr=RATE, n_fft=64, n_mels=26).T)
+    np.testing.assert_array_equal(found["labels"], label(*waves))

@@ -1,7 +1,12 @@
 import io
 import os
+import re
+import shutil
 import struct
+import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 import warnings
 
@@ -11,7 +16,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w2s_jax import audio
+from w2s_jax import audio, containers
 from w2s_jax.artifacts import UsageError
 
 RATE = 16_000
@@ -377,9 +382,325 @@ def test_a_flac_stream_of_unknown_or_absurd_length(tmp_path, frames):
     np.testing.assert_allclose(read, wave, atol=1e-4)
 
 
+# --- joined recordings, wrong lengths ----------------------------------------------------------------------------------
+
+JOINED = [("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III"), ("WAV", "PCM_16")]
+
+
+@pytest.mark.parametrize("format, subtype", JOINED)
+def test_recordings_joined_by_cat_are_read_whole(tmp_path, format, subtype):
+    waves = speechlike(1.5), speechlike(0.7)[::-1], speechlike(1.1)
+    parts = [bytes(wav_bytes(wave, format=format, subtype=subtype)) for wave in waves]
+    alone = [audio.load(save(tmp_path / "part", part)) for part in parts]  # libsndfile's word for each
+    assert [len(part) for part in alone] == [len(wave) for wave in waves]
+    path = save(tmp_path / "joined", b"".join(parts))
+    expected = np.concatenate(alone)
+    np.testing.assert_array_equal(audio.load(path), expected)
+    assert audio.duration(path) == len(expected) / RATE
+    for start, end in ((1.25, 1.75), (1.6, 3.0), (2.5, None)):
+        stop = None if end is None else round(end * RATE)
+        np.testing.assert_allclose(audio.load(path, start, end), expected[round(start * RATE) : stop], atol=2e-3)
+    with pytest.raises(audio.EmptyAudioError, match=r"it ends at 3\.3 s"):
+        audio.load(path, 3.4)
+
+
+def test_joined_recordings_of_other_rates_and_channels(tmp_path):
+    stereo = np.stack([sine(500, 1, 48_000, 0.3)] * 2, axis=1)
+    parts = (
+        wav_bytes(sine(300, 1), format="FLAC"),
+        wav_bytes(stereo, 48_000, format="FLAC"),
+        wav_bytes(sine(200, 1), format="FLAC"),
+    )
+    read = audio.load(save(tmp_path / "x", b"".join(map(bytes, parts))))
+    expected = np.concatenate([sine(300, 1), sine(500, 1, amplitude=0.3), sine(200, 1)])
+    assert len(read) == len(expected)
+    inner = np.abs((np.arange(len(read)) + RATE // 2) % RATE - RATE // 2) > 400  # the filter rings at the joints
+    np.testing.assert_allclose(read[inner], expected[inner], atol=1e-3)
+
+
+def varying(seconds):
+    """Half silence, half noise: what a variable bitrate follows."""
+    rng = np.random.default_rng(0)
+    loud = np.repeat(rng.random(round(seconds)) > 0.5, RATE)
+    loud[:RATE] = False
+    return loud * rng.uniform(-0.3, 0.3, len(loud))
+
+
+def vbr_mp3(wave, rate=RATE):
+    """An MP3 of variable bitrate without the frame in which LAME counts the others."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, rate, format="MP3", bitrate_mode="VARIABLE", compression_level=0.5)
+    data = buffer.getvalue()
+    assert b"Xing" in data[:64]
+    return data[data.index(b"\xff\xf3", 4) :]
+
+
+def test_a_vbr_mp3_without_a_frame_count_is_read_whole(tmp_path):
+    wave = varying(20)
+    data = vbr_mp3(wave)
+    path = save(tmp_path / "x.mp3", data)
+    read = audio.load(path)
+    # an encoder adds its delay and fills the last frame; decoders drop 529 samples
+    assert len(wave) <= len(read) <= len(wave) + 3 * 576 and audio.duration(path) == len(read) / RATE
+    power = np.square(read[576 : 576 + 20 * RATE]).reshape(20, RATE).mean(axis=1)
+    np.testing.assert_array_equal(power > 1e-3, np.square(wave).reshape(20, RATE).mean(axis=1) > 1e-3)
+    np.testing.assert_allclose(audio.load(path, 15.0, 16.0), read[15 * RATE : 16 * RATE], atol=2e-3)
+    tagged = b"ID3\4\0\0\0\0\1\0" + bytes(128) + data + b"TAG" + bytes(125)
+    np.testing.assert_array_equal(audio.load(save(tmp_path / "tagged.mp3", tagged)), read)
+    twice = audio.load(save(tmp_path / "twice.mp3", tagged + tagged))
+    np.testing.assert_array_equal(twice, np.concatenate([read, read]))
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="no ffmpeg to compare with")
+def test_the_length_of_a_vbr_mp3_is_ffmpegs(tmp_path):
+    path = save(tmp_path / "x.mp3", vbr_mp3(varying(8)))
+    command = ["ffmpeg", "-v", "error", "-i", path, "-f", "s16le", "-ac", "1", "-"]
+    samples = len(subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE).stdout) // 2
+    assert abs(len(audio.load(path)) - samples) <= 1152
+
+
+def test_damage_within_an_mp3_is_passed_over_and_said(tmp_path):
+    data = bytes(wav_bytes(varying(6), format="MP3"))
+    half = len(data) // 2
+    path = save(tmp_path / "x.mp3", data[:half] + b"\x11" * 5000 + data[half:])
+    with audio.collected() as noticed:
+        read = audio.load(path)
+    assert all(isinstance(warning, audio.TruncatedAudioWarning) for warning in noticed)
+    assert re.search(r"damaged: \d+ bytes in it are no MP3 frames", str(noticed[0]))
+    assert 5.8 * RATE <= len(read) <= 6.2 * RATE
+
+
+@pytest.mark.parametrize("format, subtype", [("CAF", "PCM_16"), ("AU", "PCM_16")])  # AIFF is refused
+def test_what_follows_other_formats_is_not_left_out_in_silence(tmp_path, format, subtype):
+    data = bytes(wav_bytes(speechlike(8), format=format, subtype=subtype))
+    with pytest.warns(audio.TruncatedAudioWarning, match="bytes are not read"):
+        assert len(audio.load(save(tmp_path / "x", data + data))) == 8 * RATE
+
+
+def test_a_flac_that_counts_too_few_samples_is_not_taken_for_whole(tmp_path):
+    data = wav_bytes(np.random.default_rng(0).uniform(-0.5, 0.5, 10 * RATE), format="FLAC")
+    data[21:26] = bytes([data[21] & 0xF0]) + struct.pack(">I", RATE)  # total samples, RFC 9639 section 8.2
+    with pytest.warns(audio.TruncatedAudioWarning, match=r"x is damaged, or not one recording: \d+ of \d+ bytes"):
+        assert len(audio.load(save(tmp_path / "x", data))) == RATE
+
+
+def test_an_ogg_cut_within_a_page_and_a_part_that_cannot_be_read(tmp_path):
+    data = bytes(wav_bytes(speechlike(20), format="OGG", subtype="VORBIS"))
+    with pytest.warns(audio.TruncatedAudioWarning, match="its last page is not whole"):
+        assert 0 < len(audio.load(save(tmp_path / "x", data[:-100]))) < 20 * RATE
+    second = data[: data.index(b"OggS", 4)]  # its first page alone
+    with pytest.warns(audio.TruncatedAudioWarning, match="recording 2 of 3 in it cannot be read"):
+        assert len(audio.load(save(tmp_path / "y", data + second + b"junk" + data))) == 40 * RATE
+
+
+def zero_sized(format, riff, size):
+    data = wav_bytes(speechlike(), format=format)
+    if format == "RF64":
+        place = data.index(b"ds64") + 8
+        data[place : place + 16] = struct.pack("<2Q", riff, size)
+    elif format == "AU":
+        data[8:12] = struct.pack(">I", size)
+    elif format == "CAF":
+        place = data.index(b"data") + 4
+        data[place : place + 8] = struct.pack(">Q", size)
+    elif format == "AIFF":
+        place = data.index(b"SSND") + 4
+        data[4:8], data[place : place + 4] = struct.pack(">I", riff), struct.pack(">I", size)
+    else:
+        place = data.index(b"data") + 4
+        data[4:8], data[place : place + 4] = struct.pack("<I", riff), struct.pack("<I", size)
+    return data
+
+
+@pytest.mark.parametrize(
+    "format, riff, size",
+    [("WAV", riff, size) for riff in (0, 36, 32_036, 0xFFFFFFFF) for size in (0, 0xFFFFFFFF)]
+    + [
+        ("WAVEX", 0, 0),
+        ("RF64", 0, 0),
+        ("RF64", 2**64 - 1, 2**64 - 1),
+        ("AU", 0, 0),
+        ("AIFF", 0, 8),
+        ("AIFF", 0, 0),
+        ("CAF", 0, 0),
+    ],
+)
+def test_samples_after_a_header_without_a_length_are_read(tmp_path, format, riff, size):
+    path = save(tmp_path / "x", zero_sized(format, riff, size))
+    with pytest.warns(audio.AudioWarning, match=r"x has no length in its header \(\w+ size \d+\)") as caught:
+        read = audio.load(path)
+    assert not any(isinstance(warning.message, audio.TruncatedAudioWarning) for warning in caught)  # all of it was read
+    np.testing.assert_allclose(read, speechlike(), atol=1e-4)
+    assert audio.duration(path) == 1.0
+
+
+def test_a_wav_of_size_zero_with_half_a_sample_or_only_chunks(tmp_path):
+    data = zero_sized("WAV", 0, 0)
+    with pytest.warns(audio.AudioWarning, match="no length"):
+        assert len(audio.load(save(tmp_path / "x", data + b"\x01"))) == RATE
+    header = data[:44]
+    for rest in (b"", b"LIST\x04\0\0\0INFO", b"LIST\x04\0\0\0INFOid3 \x03\0\0\0abc\0"):
+        with pytest.raises(audio.EmptyAudioError):
+            audio.load(save(tmp_path / "y", header + rest))
+
+
+def test_warnings_are_collected_by_thread(tmp_path):
+    whole, cut = wav_bytes(speechlike()), wav_bytes(speechlike())[:-2000]
+    paths = [save(tmp_path / "whole.wav", whole), save(tmp_path / "cut.wav", cut)] * 8
+    found = {}
+
+    def work(number):
+        with audio.collected() as noticed:
+            audio.load(paths[number])
+        found[number] = [type(warning) for warning in noticed]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(paths))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[number] for number in range(len(paths))] == [[], [audio.TruncatedAudioWarning]] * 8
+
+
+# --- ffmpeg ------------------------------------------------------------------------------------------------------------
+
+FFMPEG = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="no ffmpeg")
+
+
+def encode(path, wave, rate, *options):
+    """Let ffmpeg write a container."""
+    source = save(path.with_name("source.wav"), wav_bytes(wave, rate))
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-y", "-i", source, *options, f"file:{path}"]
+    subprocess.run(command, check=True)
+    return path
+
+
+@FFMPEG
+@pytest.mark.parametrize(
+    "name, options",
+    [("x.m4a", ["-c:a", "alac"]), ("x.mkv", ["-c:a", "flac"]), ("x.wv", []), ("x.tta", []), ("x.mov", ["-c:a", "pcm_s16le"])],
+)
+def test_lossless_containers_give_the_same_samples(tmp_path, name, options):
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, (3 * RATE + 123, 2))
+    path = encode(tmp_path / name, wave, RATE, *options)
+    read = audio.load(path)
+    np.testing.assert_allclose(read, wave.mean(axis=1), atol=1e-4)
+    assert audio.duration(path) == len(wave) / RATE
+    np.testing.assert_array_equal(audio.load(path, 0.5, 1.25), read[8000:20000])
+    np.testing.assert_array_equal(np.concatenate(list(audio.blocks(path, 1.0, block_seconds=0.3))), read[RATE:])
+    with pytest.raises(audio.EmptyAudioError, match="nothing after 4 s"):
+        audio.load(path, 4)
+
+
+@FFMPEG
+@pytest.mark.parametrize(
+    "name, options",
+    [("x.m4a", []), ("x.mp4", []), ("x.3gp", ["-c:a", "aac"]), ("x.webm", ["-c:a", "libopus"]), ("x.wma", []), ("x.aac", [])]
+    + [("x.ac3", []), ("x.mkv", ["-c:a", "libvorbis"]), ("x.flv", ["-c:a", "aac"]), ("x.ts", ["-c:a", "aac", "-f", "mpegts"])],
+)
+def test_lossy_containers_are_decoded(tmp_path, name, options):
+    wave = speechlike(2, 44_100 if name == "x.flv" else 48_000)
+    rate = len(wave) // 2
+    try:
+        path = encode(tmp_path / name, wave, rate, *options)
+    except subprocess.CalledProcessError:
+        pytest.skip("this ffmpeg has no such encoder")
+    read = audio.load(path.rename(tmp_path / "x"))  # the name does not matter
+    assert 2 * RATE - 1024 <= len(read) <= 2 * RATE + 2048
+    original = audio.resample(wave, rate)[4000:28_000]
+    shifts = [read[4000 + shift : 28_000 + shift] for shift in range(-100, 1100)]
+    assert max(float(part @ original) / np.linalg.norm(part) for part in shifts) > 0.98 * np.linalg.norm(original)
+
+
+@FFMPEG
+@pytest.mark.parametrize(
+    "name", [b"-x.m4a", b"a:b.m4a", b"http:x.m4a", b"a b\n.m4a", b"\xff.m4a", b"%03d.m4a", b"x|y;$(z).m4a"]
+)
+def test_ffmpeg_takes_any_file_name(tmp_path, monkeypatch, name):
+    encode(tmp_path / "x.m4a", speechlike(), RATE, "-c:a", "alac")
+    monkeypatch.chdir(tmp_path)
+    try:
+        os.rename("x.m4a", name)
+    except OSError:
+        pytest.skip("this file system refuses the name")
+    assert len(audio.load(name)) == RATE
+
+
+@FFMPEG
+def test_a_truncated_and_a_broken_container(tmp_path):
+    data = encode(tmp_path / "x.mkv", np.random.default_rng(0).uniform(-1, 1, 4 * RATE), RATE, "-c:a", "flac").read_bytes()
+    with pytest.warns(audio.TruncatedAudioWarning, match=r"y\.mkv is truncated or damaged: .* ffmpeg says"):
+        assert 0 < len(audio.load(save(tmp_path / "y.mkv", data[: len(data) // 2]))) < 4 * RATE
+    with pytest.raises(audio.UnreadableAudioError, match=r"cannot read .*z\.m4a \(M4A \(MPEG-4\)\): ffmpeg says"):
+        audio.load(save(tmp_path / "z.m4a", b"\0\0\0\x18ftypM4A " + bytes(500)))
+    with pytest.raises(audio.UnreadableAudioError):  # a playlist is not followed
+        audio.load(save(tmp_path / "list.m4a", f"#EXTM3U\n{tmp_path / 'x.mkv'}\n".encode()))
+
+
+HEADS = [
+    (b"\0\0\0\x1cftypM4A \0\0\2\0", "M4A"),
+    (b"\0\0\0\x1cftypisom\0\0\2\0", "MP4"),
+    (b"\0\0\0\x1cftyp3gp4\0\0\2\0", "3GP"),
+    (b"\x1aE\xdf\xa3\x9fB\x86\x81\x01B\xf7\x81\x01B\xf2\x81\x04B\xf3\x81\x08B\x82\x84webm", "WebM"),
+    (b"0&\xb2u\x8ef\xcf\x11\xa6\xd9\0\xaa\0b\xcel", "WMA"),
+    (b"#!AMR\n\x3c", "AMR"),
+    (b"\xff\xf1\x60\x40", "AAC"),
+    (b"caff\0\1\0\0desc" + bytes(7) + b"\x20" + struct.pack(">d", 44_100) + b"aac \0\0\0\0", "CAF with codec aac"),
+]
+
+
+@pytest.mark.parametrize("head, kind", HEADS)
+def test_without_ffmpeg_the_container_and_the_command_are_named(tmp_path, monkeypatch, head, kind):
+    monkeypatch.setenv("PATH", "")
+    path = save(tmp_path / "a voice.x", head + bytes(100))
+    for function in (audio.load, audio.duration):
+        with pytest.raises(audio.UnreadableAudioError) as caught:
+            function(path)
+        message = str(caught.value)
+        assert f"it is {kind}" in message and "\n" not in message
+        assert f"ffmpeg -i '{path}' '{tmp_path / 'a voice.wav'}'" in message
+
+
+AU = "import sys, time; out = sys.stdout.buffer; "
+AU += "out.write(b'.snd' + bytes.fromhex('0000001c ffffffff 00000006 00003e80 00000001 00000000'))"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the imitation is a script")
+@pytest.mark.parametrize(
+    "program, error",
+    [
+        ("import time; time.sleep(600)", "ffmpeg gave nothing more for 1 s and was ended"),
+        (AU + "; out.flush(); time.sleep(600)", "ffmpeg gave nothing more for 1 s and was ended"),
+        ("import os; os.system('sleep 600')", "ffmpeg gave nothing more for 1 s and was ended"),
+        ("import os; os.kill(os.getpid(), 11)", "ffmpeg ended with code -11"),
+        ("import sys; sys.exit('out of\\x1b[1m luck')", r"ffmpeg says: out of\\x1b\[1m luck$"),
+        ("import sys; sys.stderr.write('x' * 10_000_000); sys.exit(1)", "ffmpeg says: x"),
+        ("pass", "ffmpeg"),
+        ("print('RIFF' * 100)", "ffmpeg"),
+        (AU + "\nwhile True: out.write(bytes(2**20))", "ffmpeg makes more than .* far too much for its size"),
+    ],
+)
+def test_an_ffmpeg_that_hangs_crashes_or_writes_without_end(tmp_path, monkeypatch, program, error):
+    script = save(tmp_path / "ffmpeg", f"#!{sys.executable} -S\n{program}\n".encode())
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(audio, "_PATIENCE", 1.0)
+    monkeypatch.setattr(audio, "_BOMB", (1000.0, 10.0))
+    path = save(tmp_path / "x.m4a", HEADS[0][0])
+    started = time.monotonic()
+    with pytest.raises(audio.UnreadableAudioError, match=error):
+        for _ in audio.blocks(path):
+            pass
+    assert time.monotonic() - started < 30
+
+
+# --- any bytes ---------------------------------------------------------------------------------------------------------
+
 _SEEDS = [wav_bytes(speechlike(0.05)), wav_bytes(speechlike(0.05), format="FLAC")]
 _SEEDS += [wav_bytes(speechlike(0.05), format=f) for f in ("AIFF", "OGG", "CAF", "AU")]
 _SEEDS += [wav_bytes(speechlike(0.05), format="WAV", subtype=s) for s in ("IMA_ADPCM", "FLOAT")]
+_SEEDS += [2 * wav_bytes(speechlike(0.05), format=f) for f in ("WAV", "FLAC", "OGG", "MP3")]
+_SEEDS += [zero_sized(f, 0, 0)[:3000] for f in ("WAV", "RF64", "AU", "CAF", "AIFF")]
 
 
 @settings(max_examples=150, deadline=None)
@@ -403,6 +724,32 @@ def test_no_bytes_crash(tmp_path_factory, data):
             assert "fuzz.wav" in str(error)
         else:
             assert wave.dtype == np.float32 and len(wave) and np.isfinite(wave).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    magic=st.sampled_from(
+        [b"OggS\0\2", b"fLaC\0\0\0\x22", b"RIFF\0\0\0\0WAVE", b"FORM\0\0\0\0AIFF", b".snd", b"caff", b"RF64\0\0\0\0WAVE"]
+    )
+    | st.sampled_from([b"\xff\xfb\x90\0", b"\xff\xf3\x88\xc4", b"ID3\4\0\0\0\0\0\5", b""]),
+    pieces=st.lists(
+        st.binary(max_size=40)
+        | st.sampled_from([b"OggS\0\2", b"data\0\0\0\0", b"\xff\xfb\x90\0" + bytes(413), b"SSND", b"TAG"])
+    ),
+    repeats=st.integers(1, 5),
+)
+def test_no_bytes_lead_a_view_out_of_its_file(tmp_path_factory, magic, pieces, repeats):
+    path = save(tmp_path_factory.getbasetemp() / "layout.bin", (magic + b"".join(pieces)) * repeats)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        found = containers.layout(file)
+        assert containers.foreign(file) is None or len(containers.foreign(file)) == 2
+        for part in found.parts:
+            for piece in part.pieces:
+                assert isinstance(piece, bytes) or 0 <= piece[0] <= piece[1] <= size
+            view = containers.View(file, part.pieces)
+            length = view.seek(0, os.SEEK_END)
+            assert view.seek(-length - 5, os.SEEK_CUR) == 0 and len(view.read()) == length and view.read(5) == b""
 
 
 def _changed(data, changes, cut):

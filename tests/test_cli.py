@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ import soundfile
 from conftest import voice
 from safetensors.numpy import load_file
 
-from w2s_jax import cli, teachers
+from w2s_jax import cli, install, quickstart, teachers
 
 COMMANDS = ["bank build", "views draw", "teacher check", "label", "train", "eval", "export", "predict", "bench", "quickstart"]
 
@@ -161,6 +164,32 @@ def test_one_unreadable_file_does_not_stop_the_rest(chain, corpus, tmp_path, w2s
     assert "empty.wav" in err
 
 
+def test_leaks_between_splits_and_other_views_are_refused_with_the_way_out(bank, corpus, tmp_path, w2s):
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / f"{name}.wav").write_bytes((corpus / f"0{'abcd'.index(name) % 3}.wav").read_bytes())
+    (tmp_path / "corpus.csv").write_text("file,split\na.wav,train\nb.wav,train\nc.wav,validation\nd.wav,test\n")
+    build = ("bank", "build", tmp_path / "corpus.csv", "--corpus", "csv", "--out", tmp_path / "bank")
+    code, _, err = w2s(*build)
+    assert code == 1 and len(err.splitlines()) == 1
+    assert "a.wav (train) is d.wav (test)" in err and "--leaks drop" in err
+    code, out, err = w2s(*build, "--leaks", "drop", "--json")
+    assert code == 0 and "left out of train" in err
+    assert json.loads(out.splitlines()[-1])["splits"] == {"train": 1, "validation": 1, "test": 1}
+    drawing = ("views", "draw", bank.path, "--out", tmp_path / "views.parquet", "--seconds", "0.5")
+    assert w2s(*drawing)[0] == w2s(*drawing)[0] == 0
+    code, _, err = w2s(*drawing, "--seed", 1)
+    assert code == 1 and "views.parquet holds other views" in err and "--force" in err
+    assert w2s(*drawing, "--seed", 1, "--force")[0] == 0
+
+
+def test_few_clips_have_no_interval_on_the_command_line(chain, w2s):
+    at, lines = chain
+    report = lines["eval"][0]
+    assert report["notes"][0].startswith("4 clips are too few for a confidence interval")
+    assert report["teacher"]["arousal"]["low"] is None
+    assert "4 clips are too few" in lines["eval"][1].stdout
+
+
 def test_long_files_are_read_in_windows(chain, tmp_path, w2s):
     soundfile.write(tmp_path / "long.wav", np.tile(voice(5.0, 1), 15), 16_000)  # 75 s: over the limit of one piece
     _, out, _ = w2s("predict", chain[0] / "model", tmp_path / "long.wav", "--format", "jsonl")
@@ -297,4 +326,221 @@ def test_a_missing_extra_names_the_pip_command(w2s, monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, f"w2s_jax.{module}", raising=False)
     code, _, err = w2s("views", "draw", tmp_path, "--out", tmp_path / "x")
     assert code == 2
-    assert "pip install 'w2s-jax[train]'" in err
+    assert "pip install -c " in err and "[train]'" in err  # tests run from a clone
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model that gives the mean of the samples and of their squares, from a stand-in; needs no training."""
+    onnx = pytest.importorskip("onnx", reason="needs pip install 'w2s-jax[export]'")
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("Mul", ["signal", "signal"], ["square"]),
+        helper.make_node("ReduceMean", ["signal", "axes"], ["mean"], keepdims=1),
+        helper.make_node("ReduceMean", ["square", "axes"], ["power"], keepdims=1),
+        helper.make_node("Concat", ["mean", "power"], ["logits"], axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "toy",
+        [helper.make_tensor_value_info("signal", TensorProto.FLOAT, [1, "time"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 2])],
+        [helper.make_tensor("axes", TensorProto.INT64, [1], [1])],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    helper.set_model_props(made, {"dimensions": "mean,power", "stand_in": "true"})
+    onnx.save(made, tmp_path / "toy.onnx")
+    return tmp_path / "toy.onnx"
+
+
+@pytest.fixture
+def speech(tmp_path):
+    """A folder with two constant recordings, of 0.25 and 0.5, one deeper than the other, and a text."""
+    (tmp_path / "speech" / "deep").mkdir(parents=True)
+    soundfile.write(tmp_path / "speech" / "a.wav", np.full(32_000, 0.25), 16_000)
+    soundfile.write(tmp_path / "speech" / "deep" / "b.flac", np.full(16_000, 0.5), 16_000)
+    (tmp_path / "speech" / "notes.txt").write_text("no audio")
+    return tmp_path / "speech"
+
+
+def piped(monkeypatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_the_help_has_the_commands_in_the_order_of_the_chain(w2s):
+    out = w2s("--help")[1]
+    chain = ("quickstart", "bank", "views", "teacher", "label", "train", "eval", "export", "predict", "bench")
+    places = [out.index(f"│ {name} ") for name in chain]
+    assert places == sorted(places)
+
+
+def test_help_is_wrapped_only_where_the_terminal_ends(w2s, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert "in bounded memory. A file that cannot be read is reported and the rest is done" in w2s("predict", "--help")[1]
+
+
+def test_a_folder_stands_for_the_audio_below_it(w2s, model, speech):
+    code, out, err = w2s("predict", model, speech, "--format", "jsonl", "--json")
+    *rows, last = map(json.loads, out.splitlines())
+    assert code == 0
+    assert [(row["file"], row["power"]) for row in rows] == [(f"{speech}/a.wav", 0.0625), (f"{speech}/deep/b.flac", 0.25)]
+    assert (last["files"], last["stand_in"]) == (2, True)
+    assert "stand-in" in err
+    (speech / "none").mkdir()
+    code, _, err = w2s("predict", model, speech / "none")
+    assert code == 1 and f"no audio in {speech}/none" in err
+
+
+def test_a_minus_is_the_file_on_standard_input(w2s, model, speech, monkeypatch):
+    piped(monkeypatch, (speech / "deep" / "b.flac").read_bytes())
+    code, out, _ = w2s("predict", model, "-", "--format", "csv")
+    assert code == 0
+    assert out.splitlines()[1] == "-,0.0,1.0,0.5,0.25"
+    for content, message in ((b"", "standard input is empty"), (b"no audio", "cannot read standard input as audio")):
+        piped(monkeypatch, content)
+        code, _, err = w2s("predict", model, "-")
+        assert code == 1 and message in err
+    piped(monkeypatch, b"")
+    assert w2s("predict", model, "-", "-")[0] == 2
+    monkeypatch.setattr(sys, "stdin", None)  # w2s ... <&-
+    code, _, err = w2s("predict", model, "-")
+    assert code == 2 and "nothing is piped in" in err
+
+
+def test_an_error_names_the_file_that_is_too_short(w2s, model, tmp_path):
+    soundfile.write(tmp_path / "tiny.wav", np.zeros(30), 16_000)
+    code, _, err = w2s("predict", model, tmp_path / "tiny.wav")
+    assert code == 1
+    assert f"{tmp_path}/tiny.wav: expected at least 64 samples at 16000 Hz, got 30" in err
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_ctrl_c_prints_the_rows_so_far(w2s, model, speech, monkeypatch, form):
+    def predict(predictor, path, window, hop):
+        yield 0.0, 1.0, {"mean": 0.125, "power": 0.375}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_predict_file", predict)
+    code, out, err = w2s("predict", model, speech, "--format", form)
+    assert code == 130
+    assert "0.125" in out and "0.375" in out
+    assert err.splitlines()[-1] == "w2s: error: stopped"
+
+
+@pytest.mark.parametrize(
+    "option", ["--window inf", "--window nan", "--window 1e300", "--window 1 --hop nan", "--window 1 --hop inf"]
+)
+def test_times_that_are_no_times_are_refused(w2s, model, speech, option):
+    code, _, err = w2s("predict", model, speech, *option.split())
+    assert code == 2
+    assert f"{option.split()[-2]} takes a number of seconds above 0" in err
+
+
+def test_a_hop_may_be_longer_than_any_file(w2s, model, speech):
+    code, out, _ = w2s("predict", model, speech / "a.wav", "--window", "1", "--hop", "1e300", "--format", "jsonl")
+    assert code == 0
+    assert json.loads(out.splitlines()[0])["end"] == 1
+
+
+def test_what_escapes_is_one_line_that_asks_for_a_report(w2s, model, speech, monkeypatch):
+    def fails(*_):
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr(cli, "_predict_file", fails)
+    code, _, err = w2s("predict", model, speech)
+    assert code == 1
+    assert "w2s: error: unexpected ZeroDivisionError: division by zero (a fault of w2s " in err and "--debug" in err
+    monkeypatch.setattr(sys, "argv", ["w2s", "predict", str(model), str(speech), "--debug"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_what_follows_two_minus_signs_is_no_option(w2s, model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("--debug", np.full(16_000, 0.5), 16_000, format="WAV")
+    code, out, _ = w2s("predict", model, "--format", "csv", "--", "--debug")
+    assert code == 0
+    assert out.splitlines()[1].startswith("--debug,0.0,1.0,0.5,")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_stdout_may_have_any_encoding(w2s, model, tmp_path, monkeypatch, encoding):
+    name = "Ж ü 😀.wav"
+    soundfile.write(tmp_path / name, np.full(16_000, 0.5), 16_000)
+    for form in ("table", "csv", "json", "jsonl"):
+        content = io.BytesIO()
+        stdout = io.TextIOWrapper(content, encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert w2s("predict", model, tmp_path / name, "--format", form)[0] == 0
+        text = content.getvalue().decode(encoding)
+        if form.startswith("json"):
+            rows = json.loads(content.getvalue())  # which is UTF-8, or no JSON
+            assert (rows[0] if form == "json" else rows)["file"] == str(tmp_path / name)
+        else:
+            assert "0.25" in text
+
+
+def test_streams_that_are_closed_and_names_that_are_not_utf8(model, speech):
+    """In processes of their own; a file that is opened must not become the closed stdout."""
+    stray = os.fsencode(speech) + b"/\xff.wav"
+    shutil.copy(speech / "a.wav", stray)
+    command = [sys.executable, "-m", "w2s_jax.cli", "predict", str(model), stray, "--format", "json"]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert os.fsencode(json.loads(done.stdout)[0]["file"].replace("\\udcff", "\udcff")) == stray
+    closed = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&- <&-', "sh", *command], capture_output=True)
+    assert closed.returncode == 0
+    if Path("/dev/full").exists():
+        full = subprocess.run(["sh", "-c", 'exec "$@" > /dev/full', "sh", *command], capture_output=True, text=True)
+        assert full.returncode == 1
+        assert full.stderr.splitlines()[-1].startswith("w2s: error: ")
+        assert "Traceback" not in full.stderr and "Exception ignored" not in full.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_only_the_command_decides_on_another_malloc(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *_: started.append(list(sys.argv)))
+    monkeypatch.setattr(cli, "main", lambda: None)
+    for words in (["predict", "model", "train"], ["--debug", "train", "x"], ["bench", "label"]):
+        monkeypatch.setattr(sys, "argv", ["w2s", *words])
+        monkeypatch.setattr(os, "environ", {})
+        cli.entry()
+    assert started == [["w2s", "--debug", "train", "x"]]
+
+
+def test_the_quickstart_ends_with_commands_that_work(tmp_path, monkeypatch):
+    from rich.console import Console
+
+    programs = tmp_path / "a venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "w2s").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (programs / "w2s").chmod(0o755)
+    monkeypatch.setattr(install.sys, "executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    text = io.StringIO()
+    quickstart._next(Console(file=text, width=40), Path("quick start/model"), Path("speech/en+f2/[0].wav"))
+    _, _, first, second, third, *_ = text.getvalue().splitlines()
+    words = subprocess.run(first, shell=True, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert words[:5] == ["predict", "quick start/model", "speech/en+f2/[0].wav", "--window", "2"]
+    assert "YOUR.wav" in second and "bank build" in third
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_refuses_another_python_in_one_sentence(tmp_path):
+    old = tmp_path / "python3.10"
+    old.write_text("#!/bin/sh\necho 3.10\n")
+    old.chmod(0o755)
+    clone = Path(__file__).parents[1]
+    command = ["make", "-C", clone, "lint", f"PYTHON={old}", f"VENV={tmp_path}/venv"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"w2s_jax needs Python 3.11 to 3.13; {old} is 3.10. Choose another one: make lint PYTHON=python3.1" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_an_out_that_is_not_utf8_is_refused_in_one_line(w2s, speech, tmp_path):
+    code, _, err = w2s("bank", "build", speech, "--out", os.fsdecode(os.fsencode(tmp_path) + b"/b\xff"))
+    assert code == 2
+    assert "/b\\udcff" in err and "is not valid UTF-8" in err.splitlines()[-1]

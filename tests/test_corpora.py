@@ -75,11 +75,13 @@ def test_unknown_corpus_option_and_source(tmp_path):
 
 def test_folder(tmp_path):
     touch(tmp_path, "b/2.FLAC", "b/1.wav", "a/x y/3.Mp3", "top.opus", "readme.txt", ".hidden.wav", ".git/x.wav", "no")
-    clips = read("folder", tmp_path)
+    with pytest.warns(CorpusWarning, match=r"2 other files ignored: \.txt 1, no extension 1$"):
+        clips = read("folder", tmp_path)
     assert names(clips) == ["a/x y/3.Mp3", "b/1.wav", "b/2.FLAC", "top.opus"]
     assert clips[1] == Clip(file=str(tmp_path / "b" / "1.wav"), name="b/1.wav")
     assert all(os.path.isfile(clip.file) for clip in clips)
-    assert [clip.group for clip in read("folder", str(tmp_path), split_by="folder")] == ["a", "b", "b", None]
+    with pytest.warns(CorpusWarning):
+        assert [clip.group for clip in read("folder", str(tmp_path), split_by="folder")] == ["a", "b", "b", None]
     with pytest.raises(UsageError, match="split_by must be one of none, folder, got 'speaker'"):
         read("folder", tmp_path, split_by="speaker")
 
@@ -87,6 +89,25 @@ def test_folder(tmp_path):
 def test_folder_without_audio(tmp_path):
     with pytest.raises(CorpusError, match=r"no audio in .*: 2 other files found, expected names that end in \.wav"):
         read("folder", touch(tmp_path, "x.txt", "a/y.png"))
+
+
+def test_a_folder_lists_the_audio_that_needs_ffmpeg_and_counts_what_it_leaves_out(tmp_path):
+    audio = ["1.wav", "2.m4a", "3.WEBM", "4.wma", "5.amr", "6.caf", "7.3gp", "8.mp4", "9.mkv", "a.aac", "b.opus", "c.vox"]
+    touch(tmp_path, *audio, *(f"{n}.txt" for n in range(10)), "x.json", "sub/y.JSON", *(f"z.{kind}" for kind in "abcdefgh"))
+    with pytest.warns(CorpusWarning) as caught:
+        assert names(read("folder", tmp_path)) == audio
+    assert [str(warning.message) for warning in caught] == [
+        f"{tmp_path}: 20 other files ignored: .txt 10, .json 2, .a 1, .b 1, .c 1, .d 1, .e 1, .f 1, 2 other kinds"
+    ]
+
+
+def test_audio_that_cannot_be_decoded_is_in_failures_csv(tmp_path):
+    touch(tmp_path, "broken.m4a", "headerless.vox")
+    soundfile.write(tmp_path / "good.wav", 0.1 * np.sin(np.arange(16_000)), 16_000)
+    clips = [dataclasses.replace(clip, split="train") for clip in read("folder", tmp_path)]
+    bank.build(clips, tmp_path / "bank")
+    with open(tmp_path / "bank" / "failures.csv", newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["broken.m4a", "headerless.vox"]
 
 
 @POSIX

@@ -13,8 +13,8 @@ for package in ("tensorflow", "tf2onnx", "onnx"):
 import onnx  # noqa: E402
 from test_export import make_student, speech  # noqa: E402
 
-from w2s_jax import checkpoint  # noqa: E402
-from w2s_jax.artifacts import UsageError, W2SError  # noqa: E402
+from w2s_jax import checkpoint, machine  # noqa: E402
+from w2s_jax.artifacts import UsageError  # noqa: E402
 from w2s_jax.export import direct, export_student, package  # noqa: E402
 from w2s_jax.export import onnx as graph  # noqa: E402
 from w2s_jax.runtime import Predictor  # noqa: E402
@@ -62,8 +62,8 @@ def test_variants(variant, waves, tmp_path):
             np.testing.assert_allclose(found, reference, atol=2e-5)
             predictor._pieces._tokens = 7  # many pieces
             np.testing.assert_allclose(list(predictor(waves[-1]).values()), reference[-1], atol=2e-5)
-        else:  # a wrong tap or channel gives a CCC of about 0
-            assert np.abs(found - reference).mean() < 0.15 * spread, kind
+        else:  # seven bits of random weights are a fifth of the spread off at most, a wrong tap or channel all of it
+            assert np.abs(found - reference).mean() < 0.25 * spread, kind
     assert ("chunked" in package.kinds_of(student)) == (variant not in ("mean", "statistics"))
     assert ("int8-int4" in package.kinds_of(student)) == (variant in ("attention", "stride"))
 
@@ -102,9 +102,9 @@ def test_without_the_proof_that_exp_cannot_overflow_the_export_fails(sharp, wave
     monkeypatch.setattr(package, "PARITY_LENGTHS", (1021, 31_991))
     export(sharp, tmp_path / "model", waves, ["int8"], -1)
     monkeypatch.setattr(direct, "_exp_is_safe", lambda score, value: True)
-    with pytest.raises(W2SError, match="not finite"):
-        export(sharp, tmp_path / "unsafe", waves, ["int8"], -1)
-    assert not (tmp_path / "unsafe").exists()
+    with pytest.warns(UserWarning, match=r"int8 is not written: .*not finite"):
+        report = export(sharp, tmp_path / "unsafe", waves, ["int8"], -1)
+    assert list(report["failed"]) == ["int8"] and not (tmp_path / "unsafe" / "model.int8.onnx").exists()
 
 
 def test_with_a_softmax_in_eight_bits_the_export_fails(waves, tmp_path, monkeypatch):
@@ -125,9 +125,9 @@ def test_with_a_softmax_in_eight_bits_the_export_fails(waves, tmp_path, monkeypa
         return node(self, "Max", weight, np.float32(1e-9))  # where all of them vanish
 
     monkeypatch.setattr(direct.Pieces, "node", careless)
-    with pytest.raises(W2SError, match=r"int8 is too far from fp32: CCC -?0\.\d+ .* at least 0.95 expected"):
-        export(tmp_path / "student", tmp_path / "careless", waves, ["int8"], 0.95)
-    assert not (tmp_path / "careless").exists()
+    with pytest.warns(UserWarning, match=r"int8 is not written: too far from fp32: CCC -?0\.\d+ .* at least 0.95 expected"):
+        report = export(tmp_path / "student", tmp_path / "careless", waves, ["int8"], 0.95)
+    assert list(report["failed"]) == ["int8"] and not (tmp_path / "careless" / "model.int8.onnx").exists()
 
 
 @slow
@@ -135,15 +135,16 @@ def test_seven_bits_never_overflow_sixteen(waves, tmp_path):
     """x86 without VNNI adds two products of a u8 and an s8 in 16 bits, which saturates silently."""
     student, variables, fp32 = built(tmp_path / "student", waves, *VARIANTS["attention"])
     largest = {}
-    for bits, most in package.LARGEST.items():
+    for bits in package.LARGEST:
         for kind in ("int8", "qdq"):
-            path, how = file(kind, student, variables, fp32, waves[::2], tmp_path, largest=most)
+            path, how = file(kind, student, variables, fp32, waves[::2], tmp_path, weight_bits=bits)
             assert how["weight_bits"] == bits
             model = onnx.load(path)
             weights = [w for w in model.graph.initializer if w.data_type == onnx.TensorProto.INT8 and len(w.dims) > 1]
             largest[bits, kind] = max(np.abs(onnx.numpy_helper.to_array(w).astype(int)).max() for w in weights)
-            found, reference = graph.run(model, waves), graph.run(fp32, waves)
-            assert np.abs(found - reference).mean() < 0.3 * reference.std(axis=0).max()
+            if bits == 7 or not machine.saturates():
+                found, reference = graph.run(model, waves), graph.run(fp32, waves)
+                assert np.abs(found - reference).mean() < 0.3 * reference.std(axis=0).max()
     for kind in ("int8", "qdq"):
         assert 2 * 255 * largest[7, kind] < 2**15 < 2 * 255 * largest[8, kind]
 

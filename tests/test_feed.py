@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -122,6 +124,19 @@ def test_device_and_host_placement_give_bit_equal_batches(bank, views, workers):
             known = render_on_host(bank, views, training[rows[device]])  # what the teacher heard
             np.testing.assert_array_equal(waves, known)
     assert (len(lengths), steps) == (2, 37)
+
+
+def test_processes_of_a_script_without_a_main_guard(tmp_path):
+    """Python's "spawn" runs the script again in every process, which would start processes of its own."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\nfrom w2s_jax import feed\nprint('script')\n"
+        "process = multiprocessing.get_context('spawn').Process(target=print, args=('worker',))\n"
+        "with feed._without_script():\n    process.start()\n"
+        "process.join()\nprint(process.exitcode, __file__ == __import__('sys').argv[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-u", script], capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (["script", "worker", "0", "True"], "")
 
 
 def test_partners_from_the_same_shard_need_no_foreign_clips(corpus, tmp_path, monkeypatch):

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import onnxruntime as ort
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import save_toy_teacher, voice
 
+from w2s_jax import evaluate, render, teachers
 from w2s_jax import labels as store
-from w2s_jax import render, teachers
 from w2s_jax import views as tables
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError
 from w2s_jax.label import label
 from w2s_jax.teachers.onnx import OnnxTeacher
+
+
+def flipped(path, count, seed=0):
+    """Write a file with one random bit turned over, ``count`` times, and then as it was."""
+    whole, random = path.read_bytes(), np.random.default_rng(seed)
+    for bit in random.integers(len(whole) * 8, size=count):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(damaged)
+        yield int(bit)
+    path.write_bytes(whole)
 
 
 def contents(directory):
@@ -118,6 +133,156 @@ def test_a_damaged_shard_is_named_and_remade(bank, views, toy_teacher, tmp_path,
         store.read(out, views)
     label(bank, views, teacher, out)
     assert contents(out) == before
+
+
+def test_a_turned_bit_in_a_shard_is_found_and_only_that_shard_made_again(bank, views, toy_teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SHARD_VIEWS", 32)
+    teacher, out, heard = teachers.load(f"onnx:{toy_teacher}"), tmp_path / "labels", []
+    label(bank, views, teacher, out)
+    before, values = contents(out), store.read(out, views).values
+    found = 0
+    for bit in flipped(out / "shards" / "00001.parquet", 100):
+        try:
+            np.testing.assert_array_equal(store.read(out, views).values, values, err_msg=f"bit {bit}")
+        except W2SError as error:
+            assert "00001.parquet" in str(error)
+            found += 1
+    assert found > 50  # the rest are bytes that say nothing
+    shard = out / "shards" / "00001.parquet"
+    table = pq.read_table(shard)
+    changed = table.set_column(1, "loudness", pa.array(table["loudness"].to_numpy() + np.float32(0.01)))
+    pq.write_table(changed, shard)  # whole parquet, other labels
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(teacher, name)
+
+        def __call__(self, waves):
+            heard.append(len(waves))
+            return teacher(waves)
+
+    label(bank, views, Counting(), out)
+    assert sum(heard) == 32
+    assert contents(out) == before
+
+
+def test_shards_of_before_there_were_checksums_are_read(bank, views, toy_teacher, tmp_path):
+    out = tmp_path / "labels"
+    label(bank, views, teachers.load(f"onnx:{toy_teacher}"), out)
+    values = store.read(out, views).values
+    for shard in (out / "shards").iterdir():
+        pq.write_table(pq.read_table(shard).replace_schema_metadata(None), shard)
+    for name in ("labels.json", "plan.json"):
+        about = json.loads((out / name).read_text())
+        del about["checksum"], about["rendering"]
+        (out / name).write_text(json.dumps(about))
+    np.testing.assert_array_equal(store.read(out, views).values, values)
+    label(bank, views, teachers.load(f"onnx:{toy_teacher}"), out)
+
+
+def test_versions_checksums_and_renderings_of_labels_are_checked(bank, views, toy_teacher, tmp_path, monkeypatch):
+    teacher, out = teachers.load(f"onnx:{toy_teacher}"), tmp_path / "labels"
+    label(bank, views, teacher, out)
+    about = json.loads((out / "labels.json").read_text())
+
+    def write(name, **changed):
+        (out / name).write_text(json.dumps({**about, **changed}))
+
+    write("labels.json", version=99, checksum=store.signed({**about, "version": 99})["checksum"])
+    with pytest.raises(MismatchError, match=r"labels\.json describes labels of version 99, this w2s_jax reads version 1"):
+        store.read(out, views)
+    write("labels.json", teacher={**about["teacher"], "licence": "do what you like"})
+    with pytest.raises(W2SError, match=r"labels\.json is damaged or was changed.*run the same w2s label command again"):
+        store.read(out, views)
+    label(bank, views, teacher, out)
+    assert json.loads((out / "labels.json").read_text()) == about
+    for text in ("{", json.dumps({**about, "count": 7}), "[]"):
+        (out / "plan.json").write_text(text)
+        with pytest.raises(W2SError, match=r"plan\.json is damaged.*--force to relabel"):
+            label(bank, views, teacher, out)
+    write("plan.json", version=99)
+    with pytest.raises(MismatchError, match="version 99"):
+        label(bank, views, teacher, out)
+    write("plan.json")
+    monkeypatch.setattr(store, "RENDERING", 2)  # what another w2s_jax would hear of these views
+    for use in (lambda: store.read(out, views), lambda: label(bank, views, teacher, out)):
+        with pytest.raises(MismatchError, match=r"views of rendering 1, a student would hear rendering 2; label again"):
+            use()
+
+
+def test_views_are_not_replaced_without_force(bank, views, tmp_path):
+    path, other = tmp_path / "views.parquet", tables.draw(bank, per_clip=1, seed=9)
+    views.save(path)
+    before = path.stat().st_mtime_ns, path.read_bytes()
+    views.save(path)  # the same
+    assert before == (path.stat().st_mtime_ns, path.read_bytes())
+    with pytest.raises(MismatchError, match=rf"holds other views \(fingerprint {views.fingerprint}.*--force to replace it"):
+        other.save(path)
+    assert before[1] == path.read_bytes()
+    other.save(path, force=True)
+    assert tables.read(path).fingerprint == other.fingerprint
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(MismatchError, match=r"views\.parquet is damaged.*--force to replace it"):
+        other.save(path)
+    other.save(path, force=True)
+    for name, write in {
+        "thesis.txt": lambda path: path.write_text("three years of work"),
+        "other.parquet": lambda path: pq.write_table(pa.table({"x": [1]}), path),
+        "folder": lambda path: path.mkdir(),
+        "pipe": os.mkfifo,
+    }.items():
+        write(tmp_path / name)
+        for force in (False, True):
+            with pytest.raises(MismatchError, match=rf"{name}.*It is not replaced: choose another --out"):
+                views.save(tmp_path / name, force=force)
+
+
+def test_a_turned_bit_in_views_is_found(views, tmp_path):
+    path, found = tmp_path / "views.parquet", 0
+    views.save(path)
+    for bit in flipped(path, 150):
+        try:
+            read = tables.read(path)
+            assert read.about == views.about, f"bit {bit}"
+            for name in tables.COLUMNS:
+                np.testing.assert_array_equal(read.columns[name], views.columns[name], err_msg=f"bit {bit}")
+        except W2SError as error:
+            assert "views.parquet" in str(error)
+            found += 1
+    assert found > 100
+    about = views.about | {"version": 99}
+    tables.Views(views.columns, about).save(tmp_path / "newer.parquet")
+    with pytest.raises(W2SError, match=r"newer\.parquet holds views of version 99; this w2s_jax reads version 1"):
+        tables.read(tmp_path / "newer.parquet")
+
+
+def test_few_clips_have_no_interval_and_a_note(tmp_path):
+    random = np.random.default_rng(0)
+    target = random.random((60, 2))
+    predicted = target + 0.1 * random.random((60, 2))
+    for clips, note in (
+        (2, "2 clips are too few for a confidence"),
+        (9, "9 clips are too few"),
+        (10, "9 times in 10"),
+    ):
+        scores = evaluate._scores(predicted, target, np.arange(60) % clips, ("a", "b"), 0)
+        assert [note in text for text in evaluate._notes(clips, "clips")] == [True]
+        for name in ("a", "b"):
+            ends = scores[name]["low"], scores[name]["high"]
+            assert ends == (None, None) if clips < 10 else ends[0] <= scores[name]["ccc"] <= ends[1]
+        panel = ("teacher", ("a", "b"), predicted, target, scores)
+        evaluate.scatter(tmp_path / f"{clips}.png", [panel], "few")
+    assert evaluate._notes(30, "clips") == []
+
+
+def test_one_view_has_no_ccc(bank, views, labels, tmp_path, monkeypatch):
+    one = np.concatenate([views.where("train"), views.where("test")[:1]])
+    few = tables.Views({name: column[one] for name, column in views.columns.items()}, views.about)
+    monkeypatch.setattr(evaluate, "load", lambda path: (lambda waves: np.zeros((len(waves), 3)), labels.dimensions, {}))
+    with pytest.raises(UsageError, match="the 'test' split has one view; a CCC compares how values vary"):
+        evaluate.evaluate(tmp_path, bank, few)
+    report = evaluate.evaluate(tmp_path, bank, views, labels)
+    assert report["notes"][0].startswith("4 clips are too few for a confidence interval")
 
 
 def test_other_labels_are_never_mixed_in(bank, views, toy_teacher, tmp_path):

@@ -252,6 +252,9 @@ def test_timm_extras_are_left_out_and_stems_fold(golden, tmp_path):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), folded, plain)
     with pytest.raises(MismatchError, match=r"1 differences: ! conv_stem.weight: .*fold_stem=True"):
         timm_trunk(SMALL, three)
+    # as torch.compile and DataParallel save them
+    save_file({f"module._orig_mod.{name}": array for name, array in three.items()}, tmp_path / "wrapped")
+    jax.tree.map(np.testing.assert_array_equal, load_timm(tmp_path / "wrapped", SMALL, fold_stem=True), folded)
 
 
 def test_timm_differences_are_all_listed(golden):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -19,7 +20,7 @@ from conftest import voice
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax import checkpoint, convert, models
-from w2s_jax.artifacts import MismatchError, UsageError
+from w2s_jax.artifacts import MismatchError, UsageError, W2SError
 from w2s_jax.models import forms, mobilenet
 from w2s_jax.models.frontend import LogMel, fourier_kernels, mel_matrix, normalise
 from w2s_jax.models.norm import BatchNorm
@@ -319,7 +320,10 @@ def test_how_it_runs_is_not_what_it_is(name, tmp_path):
         assert models.macs(student, 1600) == models.macs(plain, 1600)
     assert set(forms.FORMS.values()) <= set(FORMS)
     given = drawn(plain, wave)
-    about = {"dimensions": ["a", "b", "c"], "teacher": {"name": "none", "licence": "none"}}
+    about = {
+        "dimensions": ["a", "b", "c"],
+        "teacher": {"name": "none", "licence": "none", "fingerprint": "0" * 16, "stand_in": False},
+    }
     checkpoint.save_student(tmp_path, name, {**fields, "form": "bands", "dtype": "bfloat16", "axis_name": "i"}, given, about)
     loaded, variables, config = checkpoint.load_student(tmp_path)
     assert config["fields"] == fields
@@ -708,3 +712,92 @@ def test_another_layout_is_refused_with_its_differences():
         convert.wav2small_17k(state)
     for fault in ("- vgg7.l7.conv.weight", "+ vgg7.l8.conv.weight", "! adv.weight: (3, 337), expected (3, 338)", "! adv.bias"):
         assert fault in str(caught.value)
+
+
+def hostile_configs():
+    """A student's config.json with one thing changed: (where, value)."""
+    values = (
+        None,
+        True,
+        -1,
+        0,
+        4.5,
+        1e308,
+        float("nan"),
+        10**30,
+        "",
+        "\x1b[2J",
+        "x" * 70,
+        [],
+        [3],
+        {},
+        {"a": 1},
+        ["a", "a", "a"],
+    )
+    keys = ("version", "student", "fields", "sampling_rate", "dimensions", "teacher", "pretrained", "validation_ccc")
+    places = [(key,) for key in keys] + [("teacher", key) for key in ("name", "fingerprint", "licence", "stand_in")]
+    fields = models.STUDENTS["wav2small"].__dataclass_fields__
+    places += [("fields", field) for field in fields if field not in ("parent", "name")] + [
+        ("fields", "a\nb"),
+        ("fields", "parent"),
+    ]
+    places += [("pretrained", key) for key in ("what", "source", "fingerprint", "licence")] + [("validation_ccc", "a")]
+    return [(place, value) for place in places for value in values]
+
+
+def test_a_strangers_config_is_refused_in_one_line(tmp_path):
+    """Every key with every hostile value: an error of ours, or a student that has what it promises."""
+    plain = models.build("wav2small", channels=2, before=1, after=0)
+    given = drawn(plain, jax.ShapeDtypeStruct((1, 1600), jnp.float32))
+    about = {
+        "dimensions": ["a", "b", "c"],
+        "teacher": {"name": "none", "licence": "none", "fingerprint": "0" * 16, "stand_in": False},
+        "pretrained": {"what": "w", "source": "s", "fingerprint": "f", "licence": "l"},
+        "validation_ccc": {"a": 0.5, "b": 0.5, "c": 0.5},
+    }
+    checkpoint.save_student(tmp_path, "wav2small", {"channels": 2, "before": 1, "after": 0}, given, about)
+    good = json.loads((tmp_path / "config.json").read_text())
+    good.pop("checksum")
+    refused = 0
+    for place, value in hostile_configs():
+        config = json.loads(json.dumps(good))
+        inner = config
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = value
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        try:
+            student, variables, read = checkpoint.load_student(tmp_path)
+            assert student.dimensions == len(set(read["dimensions"])) == 3, place
+        except W2SError as error:
+            refused += 1
+            assert "\n" not in str(error), (place, value)
+            assert "\x1b" not in str(error), (place, value)
+    assert refused > 300
+
+
+def test_a_students_files_are_checked(tmp_path):
+    plain = models.build("wav2small", channels=2, before=1, after=0)
+    about = {
+        "dimensions": ["a", "b", "c"],
+        "teacher": {"name": "none", "licence": "none", "fingerprint": "0" * 16, "stand_in": False},
+    }
+    given = drawn(plain, jax.ShapeDtypeStruct((1, 1600), jnp.float32))
+    checkpoint.save_student(tmp_path, "wav2small", {"channels": 2, "before": 1, "after": 0}, given, about)
+    config, weights = (tmp_path / name for name in ("config.json", "model.safetensors"))
+    kept = {path: path.read_bytes() for path in (config, weights)}
+    damaged = bytearray(kept[weights])
+    damaged[-5] ^= 4
+    weights.write_bytes(damaged)
+    with pytest.raises(W2SError, match="model.safetensors is damaged: its fingerprint is .* copy it again"):
+        checkpoint.load_student(tmp_path)
+    weights.write_bytes(kept[weights])
+    config.write_bytes(kept[config].replace(b'"b"', b'"q"'))
+    with pytest.raises(W2SError, match="config.json is damaged, or was changed by hand"):
+        checkpoint.load_student(tmp_path)
+    config.write_bytes(kept[config].replace(b'"version": 1', b'"version": 99'))
+    with pytest.raises(W2SError, match="has version 99, expected 1"):
+        checkpoint.load_student(tmp_path)
+    old = {key: value for key, value in json.loads(kept[config]).items() if key not in ("weights", "checksum")}
+    config.write_text(json.dumps(old))  # as 0.1 wrote it
+    assert checkpoint.load_student(tmp_path)[0] == plain

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import stat
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +221,100 @@ def test_no_compiler_and_no_wish_are_reasons(tmp_path):
     assert "no-such-compiler" in run(SAYS_WHY, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))[0]
     assert "no C++ compiler" in run(SAYS_WHY, CXX="", PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))[0]
     assert run(SAYS_WHY, W2S_NATIVE="0") == ["W2S_NATIVE=0 turns it off", "False"]
+
+
+#: Loads, through the cache, a library that is compiled in no time.
+ANSWERS = """
+import pathlib
+from w2s_jax.models import native
+native.SOURCE = pathlib.Path(sys.argv[1])
+print(native.load(native.compiler()).answer())
+"""
+
+
+def answers(tmp_path) -> list[str]:
+    """What a fresh process's library answers, with the cache and the temporary files in ``tmp_path``."""
+    source = tmp_path / "answer.cc"
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    (tmp_path / "tmp").mkdir(exist_ok=True)
+    program = ANSWERS.replace("sys.argv[1]", repr(str(source)))
+    return run(program, XDG_CACHE_HOME=str(tmp_path / "cache"), TMPDIR=str(tmp_path / "tmp"))
+
+
+def cached(directory) -> Path:
+    (found,) = directory.iterdir()
+    return found
+
+
+@needs_kernel
+def test_a_damaged_library_is_compiled_again(tmp_path):
+    """A truncated one ended the process with SIGBUS, an empty one gave the slow path for good."""
+    assert answers(tmp_path) == ["42"]
+    library = cached(tmp_path / "cache" / "w2s_jax")
+    assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    whole = library.read_bytes()
+    unloadable = b"no library" + hashlib.sha256(b"no library").digest()
+    for damaged in (whole[: len(whole) // 2], b"", unloadable):
+        library.write_bytes(damaged)
+        assert answers(tmp_path) == ["42"]
+        assert cached(library.parent).stat().st_size == len(whole)
+
+
+@needs_kernel
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give files away")
+def test_a_library_of_another_user_is_not_executed(tmp_path, monkeypatch):
+    assert answers(tmp_path) == ["42"]
+    library = cached(tmp_path / "cache" / "w2s_jax")
+    foreign = tmp_path / "foreign.cc"
+    foreign.write_text('extern "C" int answer() { return 666; }\n')
+    monkeypatch.setattr(native, "SOURCE", foreign)
+    native._compile(native.compiler(), library)
+    assert answers(tmp_path) == ["666"]  # the user's own is believed
+    os.chown(library, 65534, 65534)
+    assert answers(tmp_path) == ["42"]
+    # and where the whole directory is another user's, nothing in it is
+    native._compile(native.compiler(), library)
+    os.chown(library.parent, 65534, 65534)
+    assert answers(tmp_path) == ["42"]
+    assert cached(tmp_path / "tmp" / f"w2s_jax-{os.geteuid()}").name == library.name
+
+
+@needs_kernel
+def test_a_directory_that_others_can_write_is_not_used(tmp_path):
+    directory = tmp_path / "cache" / "w2s_jax"
+    directory.mkdir(parents=True)
+    directory.chmod(0o770)
+    assert answers(tmp_path) == ["42"]
+    assert list(directory.iterdir()) == []
+    assert stat.S_IMODE((tmp_path / "tmp" / f"w2s_jax-{os.geteuid()}").stat().st_mode) == 0o700
+    (tmp_path / "tmp" / f"w2s_jax-{os.geteuid()}").chmod(0o707)
+    with pytest.raises(AssertionError, match=f"w2s_jax-{os.geteuid()} is not safe for the compiled kernel"):
+        answers(tmp_path)
+
+
+@needs_kernel
+def test_a_home_that_cannot_be_written_is_no_reason(tmp_path):
+    (tmp_path / "cache").write_text("a file, which not even root can write into")
+    assert answers(tmp_path) == ["42"]
+
+
+@needs_kernel
+def test_two_first_uses_at_once(tmp_path):
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda _: answers(tmp_path), range(2)))
+    assert found == [["42"], ["42"]]
+    cached(tmp_path / "cache" / "w2s_jax")  # one file, no drafts
+
+
+def test_a_compiler_that_hangs_is_a_reason(tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nsleep 60 | sleep 60\n")  # as a compiler's driver waits for its parts
+    compiler.chmod(0o700)
+    monkeypatch.setattr(native, "VERSION_SECONDS", 0.2)
+    monkeypatch.setenv("CXX", str(compiler))
+    began = time.monotonic()
+    assert native._load.__wrapped__() == f"{compiler} did not end within 0.2 s"
+    assert time.monotonic() - began < 10
 
 
 def test_demanded_but_not_to_be_had(monkeypatch):

@@ -1,8 +1,19 @@
 """The runtime on a toy ONNX graph whose outputs are known by hand: mean, largest sample, and number of samples."""
 
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import shutil
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError
 from w2s_jax.runtime import Predictor
+from w2s_jax.runtime.session import open_session
 
 ABOUT = {
     "w2s_jax": "0.1.0",
@@ -56,7 +68,7 @@ def toy(path, about=ABOUT, signal="signal"):
 def directory(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
     toy(place / "model.onnx")
-    toy(place / "model.int8.onnx", {**ABOUT, "kind": "int8"})
+    toy(place / "model.int8.onnx", {**ABOUT, "kind": "int8", "weight_bits": "7"})
     return place
 
 
@@ -102,7 +114,8 @@ def test_silence(predictor):
     [
         (np.zeros(3, np.float32), UsageError, "at least 4 samples at 16000 Hz, got 3"),
         (np.zeros(0, np.float32), UsageError, "got 0"),
-        (np.zeros((16, 2), np.float32), UsageError, r"\[channels, T\], got \[16, 2\]"),
+        (np.zeros((16, 2), np.float32), UsageError, r"\[2, T\], got \[16, 2\]: turn it round"),
+        (np.zeros((3, 44_100), np.float32), UsageError, r"got \[3, 44100\]: average its channels .* or call for each clip"),
         (np.zeros((1, 2, 16), np.float32), UsageError, r"got \[1, 2, 16\]"),
         (np.zeros(16, np.int16), UsageError, "got int16"),
         (np.r_[ramp(9), np.nan, np.inf], W2SError, "sample 9 is nan"),
@@ -237,6 +250,9 @@ def test_windows_refuse(predictor):
         predictor.windows(ramp(99), 16_000, *seconds(3, 1))
     with pytest.raises(UsageError, match="hop"):
         predictor.windows(ramp(99), 16_000, *seconds(8, 0))
+    for window, hop in ((math.inf, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, math.nan)):
+        with pytest.raises(UsageError, match="are seconds"):
+            predictor.windows(ramp(99), 16_000, window, hop)
     with pytest.raises(UsageError, match="blocks must be at 16000 Hz, got 8000"):
         predictor.windows(iter([ramp(99)]), 8000, *seconds(8, 4))
     with pytest.raises(W2SError, match="sample 12 is nan"):
@@ -245,3 +261,299 @@ def test_windows_refuse(predictor):
         list(predictor.windows([0.0, 1.0], 16_000, *seconds(4, 4)))
     with pytest.raises(UsageError, match="got 2"):
         list(predictor.windows(iter([ramp(2)]), 16_000, *seconds(4, 4)))
+
+
+# what strangers bring
+
+
+def network(path, nodes=(), inits=(), shape=(1, "time"), about=ABOUT, value="mean", **more):
+    """The mean three times, with other operators before; ``value`` is added to it, so that none of them is left out."""
+    nodes = [
+        helper.make_node("ReduceMean", ["signal"], ["mean"], axes=[1]),
+        *nodes,
+        helper.make_node("ReduceSum", [value], ["sum"], keepdims=0),
+        helper.make_node("Add", ["mean", "sum"], ["both"]),
+        helper.make_node("Concat", ["both"] * 3, ["logits"], axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "network",
+        [helper.make_tensor_value_info("signal", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 3])],
+        list(inits),
+    )
+    domains = [helper.make_opsetid("", 13), helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("acme", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=8, **more)
+    helper.set_model_props(model, about)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def constant(name, *values, kind=np.int64):
+    return numpy_helper.from_array(np.array(values, kind), name)
+
+
+def body(name, ins, outs):
+    return helper.make_graph([helper.make_node("Identity", [ins[-1].name], [outs[-1].name])], name, ins, outs)
+
+
+def external():
+    tensor = constant("w", *range(8), kind=np.float32)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret.bin")
+    return tensor
+
+
+def looping():
+    info = helper.make_tensor_value_info
+    ins = [info("i", TensorProto.INT64, []), info("go", TensorProto.BOOL, [])]
+    outs = [info("on", TensorProto.BOOL, [])]
+    return helper.make_node("Loop", ["many", "yes"], [], body=body("b", ins, outs))
+
+
+def node(operator, inputs=(), **attributes):
+    return helper.make_node(operator, list(inputs), ["z"], **attributes)
+
+
+huge = constant("s", 1000, 1000, 1000)
+
+
+def nested(depth):
+    """An operator in as many branches."""
+    found = helper.make_node("Identity", ["mean"], ["z"])
+    for _ in range(depth):
+        inner = helper.make_graph([found], "b", [], [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)])
+        found = helper.make_node("If", ["yes"], ["z"], then_branch=inner, else_branch=inner)
+    return found
+
+
+zero_to_trillion = [helper.make_tensor(name, TensorProto.INT64, [], [n]) for name, n in (("a", 0), ("b", 1 << 40), ("c", 1))]
+function = ("acme", "F", ["x"], ["y"], [helper.make_node("Abs", ["x"], ["y"])], [helper.make_opsetid("", 13)])
+ANSWER = constant("yes", True, kind=bool)
+
+#: What a file has → how it is made, what is said.
+HOSTILE = {
+    "another file": ({"nodes": [node("Identity", ["w"])], "inits": [external()]}, "another file; save it as one"),
+    "a loop": ({"nodes": [looping()], "inits": [constant("many", 1 << 62), ANSWER]}, "'Loop'"),
+    "another domain": ({"nodes": [node("Shell", ["mean"], domain="acme")]}, "of the domain 'acme'"),
+    "a context": (
+        {"nodes": [node("EPContext", ["mean"], domain="com.microsoft", ep_cache_context="/etc/passwd")]},
+        "EPContext",
+    ),
+    "a constant": ({"nodes": [node("ConstantOfShape", ["s"])], "inits": [huge]}, "makes 1,000,000,000 numbers"),
+    "expanded": ({"nodes": [node("Expand", ["mean", "s"])], "inits": [huge]}, "'Expand' makes 1,000,000,000"),
+    "tiled": ({"nodes": [node("Tile", ["mean", "s"])], "inits": [constant("s", 1, 1 << 32)]}, "makes 4,294,967,296"),
+    "padded": ({"nodes": [node("Pad", ["mean", "s"])], "inits": [constant("s", 0, 0, 0, 1 << 31)]}, "makes 2,147,483,649"),
+    "a range": ({"nodes": [node("Range", "abc")], "inits": zero_to_trillion}, "makes 1,099,511,627,776"),
+    "random": ({"nodes": [node("RandomNormal", shape=[1 << 16, 1 << 16])]}, "makes 4,294,967,296"),
+    "a long input": ({"shape": (1, 1 << 40), "value": "mean"}, "1,099,511,627,776 samples at once"),
+    "graphs in graphs": ({"nodes": [nested(8)], "inits": [ANSWER]}, "more than 4 deep"),
+    "functions": ({"functions": [helper.make_function(*function)], "value": "mean"}, "functions of its own"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_file_is_refused_before_a_session_is_made(tmp_path, monkeypatch, what):
+    import onnxruntime
+
+    made, says = HOSTILE[what]
+    path = network(tmp_path / "m.onnx", **{"value": "z", **made})
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: pytest.fail("a session was made"))
+    began = time.perf_counter()
+    with pytest.raises(W2SError, match=f"m.onnx is refused: .*{says}") as caught:
+        Predictor(path)
+    assert time.perf_counter() - began < 1
+    assert str(caught.value).isprintable()
+
+
+def test_sparse_tensors_are_refused(tmp_path):
+    model = onnx.load(toy(tmp_path / "m.onnx"))
+    values = numpy_helper.from_array(np.ones(1, np.float32), "w")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, constant("at", 0), [1 << 20, 1 << 20]))
+    with pytest.raises(W2SError, match="refused: it has sparse tensors"):
+        open_session(model.SerializeToString())
+
+
+def test_what_honest_files_have_is_taken(tmp_path):
+    """A branch, weights in every type, a constant of a few million numbers, onnxruntime's own operators."""
+    info = [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)]
+    branches = [helper.make_graph([helper.make_node(op, ["mean"], ["z"])], op, [], info) for op in ("Abs", "Neg")]
+    choice = helper.make_node("If", ["yes"], ["z"], then_branch=branches[0], else_branch=branches[1])
+    path = network(tmp_path / "if.onnx", [choice], [constant("yes", False, kind=bool)], value="z")
+    assert Predictor(path)(np.full(4, 3.0))["mean"] == 0.0  # 3 and its negative
+    kinds = (np.float16, np.float64, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.uint64, bool)
+    weights = [constant(f"w{kind.__name__}", *([1] * 100), kind=kind) for kind in kinds]
+    weights.append(helper.make_tensor("typed", TensorProto.FLOAT16, [100], np.ones(100)))
+    weights.append(helper.make_tensor("four", TensorProto.UINT4, [3], [1, 2, 3]))
+    network(path, [node("ConstantOfShape", ["s"])], [constant("s", 1000, 3000), *weights], value="z")
+    assert Predictor(path)(np.full(4, 3.0))["mean"] == 3.0  # ConstantOfShape gives zeros
+    network(path, [node("FastGelu", ["mean"], domain="com.microsoft")], value="z")
+    assert Predictor(path)(np.zeros(4))["mean"] == 0.0
+
+
+def test_memory_that_only_running_asks_for_has_a_limit(tmp_path):
+    """Doubled thirty times, a number is 4 GB; no constant says so."""
+    doubling = [helper.make_node("Concat", ["mean" if n == 0 else f"x{n}"] * 2, [f"x{n + 1}"], axis=1) for n in range(30)]
+    path = network(tmp_path / "m.onnx", doubling, value="x30")
+    code = f"""
+from pathlib import Path
+import numpy as np
+from w2s_jax.runtime import Predictor, session
+session.memory_limit = lambda: 300_000_000
+try:
+    Predictor({str(path)!r})(np.ones(100, np.float32))
+except ValueError as error:
+    print(error)
+if Path("/proc/self/status").exists():
+    print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+    said, kilobytes = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert "needs too much memory for 100 samples; judge it in windows" in said
+    assert int(kilobytes) < 500_000
+
+
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ({"sampling_rate": "999999999"}, "sampling_rate is '999999999', expected a whole number from 1000 to 384000"),
+        ({"sampling_rate": "²"}, "sampling_rate is '²'"),
+        ({"sampling_rate": "9" * 5000}, "expected a whole number"),
+        ({"minimum_samples": "0"}, "minimum_samples is '0'"),
+        ({"minimum_samples": "99999999999"}, "expected a whole number from 1 to 9600000"),
+        ({"dimensions": "a,a,a"}, "names two dimensions alike: a"),
+        ({"dimensions": "a,b,\x1b[31mc"}, r"names a dimension '\\x1b\[31mc'; expected 1 to 64 printable characters"),
+        ({"dimensions": "a,b," + "c" * 65}, "expected 1 to 64 printable"),
+        ({"dimensions": "a,b,c\u202e"}, r"'c\\u202e'"),
+    ],
+)
+def test_metadata_is_checked(tmp_path, about, says):
+    with pytest.raises(W2SError, match=says) as caught:
+        Predictor(toy(tmp_path / "m.onnx", {**ABOUT, **about}))
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_metadata_that_is_no_text_is_damage(tmp_path):
+    content = toy(tmp_path / "m.onnx", {**ABOUT, "teacher": "QQQQ"}).read_bytes()
+    (tmp_path / "m.onnx").write_bytes(content.replace(b"QQQQ", b"\xff\xfe\xfd\xfc"))
+    with pytest.raises(W2SError, match="damaged or not an ONNX model: .* is not UTF-8"):
+        Predictor(tmp_path / "m.onnx")
+
+
+def test_what_a_model_says_of_itself_cannot_move_the_cursor(tmp_path):
+    shown = {"licence": "\x1b]0;owned\x07MIT\r\nteacher     paper", "parameters": "²", "teacher": "n" * 100_000}
+    text = str(Predictor(toy(tmp_path / "m.onnx", {**ABOUT, **shown})))
+    assert "licence     \N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER}MIT teacher paper\n" in text
+    assert text.replace("\n", "").isprintable()
+    assert len(text) < 2000
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_are_an_error_in_one_line(content):
+    with pytest.raises(W2SError) as caught:
+        open_session(content)
+    assert str(caught.value).isprintable()
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_a_mutated_file_runs_or_is_an_error_in_one_line(directory, tmp_path_factory, data):
+    content = bytearray((directory / "model.onnx").read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        match data.draw(st.sampled_from(("flip", "insert", "remove"))):
+            case "flip":
+                content[at] ^= data.draw(st.integers(1, 255))
+            case "insert":
+                content[at:at] = data.draw(st.binary(min_size=1, max_size=12))
+            case "remove":
+                del content[at : at + data.draw(st.integers(1, 12))]
+    path = tmp_path_factory.getbasetemp() / "mutated.onnx"
+    path.write_bytes(content)
+    began = time.perf_counter()
+    try:
+        predictor = Predictor(path)
+        assert len(predictor(ramp(200))) == 3
+        assert str(predictor).replace("\n", "").isprintable()
+    except W2SError as error:
+        assert str(error).isprintable()
+    assert time.perf_counter() - began < 2
+
+
+def test_dnsmos_of_the_package_is_taken():
+    place = importlib.util.find_spec("speechmos")
+    if place is None:
+        pytest.skip("needs pip install 'w2s-jax[teacher]'")
+    session, _ = open_session(Path(place.submodule_search_locations[0]) / "dnsmos_models" / "sig_bak_ovr.onnx")
+    assert session.get_outputs()[0].shape[-1] == 3
+
+
+# a model directory
+
+
+def test_a_damaged_file_of_a_model_directory_is_refused_by_name(directory, tmp_path):
+    content = bytearray((directory / "model.onnx").read_bytes())
+    shutil.copy(directory / "model.int8.onnx", tmp_path)
+    (tmp_path / "export.json").write_text(json.dumps({"sha256": {"model.onnx": hashlib.sha256(content).hexdigest()}}))
+    (tmp_path / "model.onnx").write_bytes(content)
+    expected = Predictor(tmp_path)(ramp(64))
+    assert expected == Predictor(directory)(ramp(64))
+    content[-3] ^= 1  # a letter of the metadata
+    (tmp_path / "model.onnx").write_bytes(content)
+    for path in (tmp_path, tmp_path / "model.onnx"):
+        with pytest.raises(W2SError, match=r"model.onnx is damaged: its SHA-256 .* copy or export it again"):
+            Predictor(path)
+    assert Predictor(tmp_path, kind="int8")(ramp(64)) == expected  # no sum is known of it
+    (tmp_path / "export.json").write_text(json.dumps({"files": {"model.onnx": len(content)}}))  # as 0.1 wrote it
+    Predictor(tmp_path)
+    for damaged in ("[]", "{", '{"sha256": 3}', '{"sha256": {"model.onnx": []}}'):
+        (tmp_path / "export.json").write_text(damaged)
+        with contextlib.suppress(W2SError):
+            Predictor(tmp_path)
+
+
+def test_a_missing_kind_says_which_there_are(directory):
+    with pytest.raises(UsageError, match=r"it has no model.qdq.onnx\); its kinds are: fp32, int8"):
+        Predictor(directory, kind="qdq")
+
+
+def test_the_published_layout_is_taken(tmp_path):
+    """audEERING's: hidden_states [1, 1024] and logits [1, 3], no metadata."""
+    path = toy(tmp_path / "m.onnx", {})
+    model = onnx.load(path)
+    hidden = helper.make_tensor_value_info("hidden_states", TensorProto.FLOAT, [1, 1])
+    model.graph.node.append(helper.make_node("Identity", ["mean"], ["hidden_states"]))
+    model.graph.output.insert(0, hidden)
+    onnx.save(model, path)
+    names = ["arousal", "dominance", "valence"]
+    assert Predictor(path, dimensions=names)(np.array([1, 2, 3, 6] * 16, np.float32)) == dict(
+        zip(names, (3, 6, 64), strict=True)
+    )
+
+
+def test_a_predictor_travels_to_another_process(directory, tmp_path):
+    bare = toy(tmp_path / "bare.onnx", {})
+    here = Predictor(bare, threads=2, dimensions=["a", "b", "c"])
+    assert pickle.loads(pickle.dumps(here))(ramp(64)) == here(ramp(64))
+    one = Predictor(directory, kind="int8")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(one, [ramp(50), ramp(70)]) == [one(ramp(50)), one(ramp(70))]
+
+
+def test_nothing_is_reported_and_nothing_is_written_at_home(directory, tmp_path):
+    """onnxruntime from 1.31 on writes below ~/.cache when it is imported, and sends what it finds there."""
+    code = "import sys, numpy as np, {}; from w2s_jax.runtime import Predictor; print(Predictor(sys.argv[1])(np.ones(99)))"
+    for first in ("w2s_jax.runtime.litert", "w2s_jax.teachers.onnx"):
+        kept = {
+            key: value for key, value in os.environ.items() if key in ("PATH", "PYTHONPATH", "SYSTEMROOT", "LD_LIBRARY_PATH")
+        }
+        subprocess.run(
+            [sys.executable, "-c", code.format(first), str(directory)],
+            env=kept | {"HOME": str(tmp_path)},
+            check=True,
+            capture_output=True,
+        )
+        assert list(tmp_path.rglob("*")) == []

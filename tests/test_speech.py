@@ -86,7 +86,7 @@ def test_a_parameter_out_of_range_is_an_error(parameter):
 def test_without_the_wheel_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     monkeypatch.setattr(speech, "_shared", None)
-    with pytest.raises(UsageError, match=r"w2s-jax\[quickstart\]"):
+    with pytest.raises(UsageError, match=r"\[quickstart\]"):
         speech.synthesise(TEXT)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -213,6 +216,143 @@ def test_an_interrupted_run_ends_bit_for_bit_the_same(run, bank, views, labels, 
     assert again["best_step"] == run[1]["best_step"]
 
 
+@pytest.fixture
+def finished(run, tmp_path):
+    """A copy of the unbroken run, to work on."""
+    shutil.copytree(run[0], tmp_path / "finished")
+    return tmp_path / "finished"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(finished, run, bank, views, labels):
+    """What JSON and arrays can hold in place of what was saved came back without a word."""
+    noted = finished / "checkpoints" / "12" / "best" / "metadata"
+    noted.write_text(noted.read_text().replace('"step": ', '"step": 1'))
+    with pytest.warns(UserWarning, match=r"checkpoints/12 is damaged \(its content .* going on from step 8"):
+        training.train(config.load("wav2small", TINY), bank, views, labels, finished)
+    assert trained(finished) == trained(run[0])
+
+    for path in finished.glob("checkpoints/*/best/metadata"):
+        path.write_text("{}")
+    with pytest.raises(W2SError, match="every checkpoint in .* is damaged"):
+        training.train(config.load("wav2small", TINY), bank, views, labels, finished)
+
+
+def test_no_flipped_bit_comes_back_silently(tmp_path):
+    tree = {"state": {"a": np.random.default_rng(0).normal(size=(30, 40)).astype(np.float32), "step": np.array(2, np.int32)}}
+    best = {"step": 1, "ccc": {"mean": 0.5}}
+    with training.Checkpoints(tmp_path / "whole") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, tree, best)
+    files = [path for path in sorted((tmp_path / "whole" / "2").rglob("*")) if path.is_file() and path.stat().st_size]
+    generator, fell_back = np.random.default_rng(1), 0
+    for trial in range(24):
+        copy = tmp_path / str(trial)
+        shutil.copytree(tmp_path / "whole", copy)
+        path = copy / files[trial % len(files)].relative_to(tmp_path / "whole")
+        content = bytearray(path.read_bytes())
+        content[generator.integers(len(content))] ^= 1 << generator.integers(8)
+        path.write_bytes(content)
+        with warnings.catch_warnings(record=True) as said, training.Checkpoints(copy) as checkpoints:
+            warnings.simplefilter("always")
+            found, noted = checkpoints.restore(tree)
+        jax.tree.map(np.testing.assert_array_equal, found, tree)
+        assert noted == best
+        fell_back += any("damaged" in str(warning.message) for warning in said)
+    assert fell_back >= 5
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_is_one_line(tmp_path, limited, capfd):
+    """tensorstore's threads printed hundreds of lines."""
+    tree = {f"part{number}": {"a": np.random.default_rng(number).normal(size=3000)} for number in range(20)}
+    with pytest.raises(W2SError) as stopped, training.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, tree, {"step": 1, "ccc": None})
+        checkpoints.wait()
+        limited(2000)
+        checkpoints.save(2, tree, {"step": 2, "ccc": None})
+        checkpoints.wait()
+    assert re.search(rf"{tmp_path}: File too large \(469 KiB to write, .* free\); the last whole one", str(stopped.value))
+    assert capfd.readouterr().err == ""
+    limited(resource.RLIM_INFINITY)
+    with training.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(tree)[1]["step"] == 1
+
+
+def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(finished, run, bank, views, labels):
+    said = []
+    longer = [*TINY, "steps=16", "warmup=0.25"]
+    with pytest.raises(MismatchError, match=r"warmup: 0\.05 there, 0\.25 now\)"):
+        training.train(config.load("wav2small", longer), bank, views, labels, finished)
+    with pytest.raises(UsageError, match="has 12 steps behind it, more than steps=8"):
+        training.train(config.load("wav2small", [*TINY, "steps=8"]), bank, views, labels, finished)
+    summary = training.train(config.load("wav2small", longer[:-1]), bank, views, labels, finished, say=said.append)
+    lines = trained(finished)[0]
+    assert lines[: len(trained(run[0])[0])] == trained(run[0])[0]
+    # a cosine from 3e-3 after one step of warm-up to 0 at step 16, by hand; a line has the rate of the step before its number
+    rates = {line["step"]: line["learning_rate"] for line in lines if line["kind"] == "train"}
+    for step in (14, 16):
+        assert rates[step] == pytest.approx(3e-3 * (1 + np.cos(np.pi * (step - 2) / 15)) / 2, abs=1e-6)
+    assert any("was to have 12 steps and now has 16: it goes on from step 12" in line for line in said)
+    assert summary["steps"] == 16
+    assert json.loads((finished / "config.json").read_text())["config"]["steps"] == 16
+
+
+def test_a_resume_with_another_code_or_kernel_is_told(finished, bank, views, labels, monkeypatch):
+    path = finished / "config.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"computed": about["computed"] | {"kernel": "abacus"}, "w2s_jax": "0.0.1"}))
+    with pytest.warns(UserWarning, match=r"kernel: abacus there, \w+ now\); it goes on, but will not end bit for bit"):
+        training.train(config.load("wav2small", TINY), bank, views, labels, finished)
+    path.write_text(json.dumps(about | {"numerics": 99}))
+    with pytest.raises(MismatchError, match="numerics: 99 there, 1 now"):
+        training.train(config.load("wav2small", TINY), bank, views, labels, finished)
+    path.write_text(json.dumps(about | {"version": 99}))
+    with pytest.raises(UsageError, match="has version 99, expected 1"):
+        training.train(config.load("wav2small", TINY), bank, views, labels, finished)
+
+
+def test_a_run_in_64_bit_mode_is_the_same_bit_for_bit(run, bank, views, labels, tmp_path):
+    with jax.experimental.enable_x64():
+        training.train(config.load("wav2small", TINY), bank, views, labels, tmp_path)
+        _, variables, _ = checkpoint.load_student(tmp_path)
+        report = evaluate(tmp_path, bank, views, labels)
+    assert trained(tmp_path) == trained(run[0])
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    assert report == evaluate(run[0], bank, views, labels) | {"path": str(tmp_path)}
+
+
+@pytest.mark.parametrize("form", ["auto", "direct"])
+def test_a_student_in_64_bit_mode_has_the_same_gradients(form):
+    """The compiled kernel refused float64 parameters."""
+    waves = np.random.default_rng(0).standard_normal((4, 1500)).astype(np.float32)
+    student = models.build("wav2small", channels=2, before=1, after=1, form=form)
+
+    def gradients():
+        variables = jax.jit(student.init)(jax.random.key(0), waves)
+
+        def loss(params):
+            heard = student.apply({**variables, "params": params}, waves, train=True, mutable="batch_stats")[0]
+            return distillation_loss(heard, waves[:, :3], l2=0.1)[0]
+
+        return variables, jax.jit(jax.grad(loss))(variables["params"])
+
+    expected = gradients()
+    with jax.experimental.enable_x64():
+        found = gradients()
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), *(jax.device_get((found, expected))))
+
+
+def test_no_device_of_the_wanted_kind_is_one_line(bank, views, labels_path, tmp_path):
+    views.save(tmp_path / "views.parquet")
+    data = ["--bank", bank.path, "--views", tmp_path / "views.parquet", "--labels", labels_path]
+    command = [sys.executable, "-m", "w2s_jax.cli", "train", "wav2small", *data, "--workdir", tmp_path / "run"]
+    done = subprocess.run(
+        list(map(str, command)), env=os.environ | {"JAX_PLATFORMS": "cuda"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("w2s: error: JAX finds no cuda device (JAX_PLATFORMS=cuda")
+
+
 def test_a_bank_that_the_device_cannot_hold_trains_the_same(run, bank, views, labels, tmp_path):
     settings = config.load("wav2small", [*TINY, "bank_gib=1e-9"])
     training.train(settings, bank, views, labels, tmp_path)
@@ -232,6 +372,7 @@ def test_a_student_of_another_shape_is_refused(run, tmp_path):
     source = run[0] / "student"
     about = json.loads((source / "config.json").read_text())
     about["fields"]["channels"] = 3
+    del about["checksum"]
     (tmp_path / "config.json").write_text(json.dumps(about))
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     with pytest.raises(MismatchError, match=r"params/vgg7/l1/conv/kernel: \(3, 3, 1, 2\), expected \(3, 3, 1, 3\)"):
@@ -291,6 +432,14 @@ def test_evaluation_against_teacher_and_people(run, bank, views, labels, tmp_pat
     assert set(report["human"]) == {"arousal", "dominance", "valence", "mean"}
     assert (tmp_path / "eval_test.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "eval_test.json").read_text()) == report
+
+
+def test_one_validation_view_has_no_ccc(bank, views, labels, tmp_path):
+    few = np.concatenate([views.where("train"), views.where("validation")[:1]])
+    one = type(views)({name: column[few] for name, column in views.columns.items()}, views.about)
+    with pytest.raises(UsageError, match=r"there is one validation view, and a CCC compares how values vary.*--eval-per-clip"):
+        training.train(config.load("wav2small"), bank, one, labels, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -412,7 +561,7 @@ def test_the_model_card_names_what_a_student_started_from(run):
     facts = package._facts(student, about)
     assert facts["pretrained"] == f"student b of teacher c (a, fingerprint {'0' * 16})"
     assert facts["licence"] == "MIT (teacher); CC BY-NC-SA 4.0 (weights that it started from)"
-    card = package._card("model", facts, about, {"kinds": {}})
+    card = package._card("model", facts, about, {"kinds": {}, "failed": {}})
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["license_name"]) == ("other", facts["licence"])
     assert "\n- Started from: student b of teacher c (a, " in card

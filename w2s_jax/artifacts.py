@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from w2s_jax.install import pip_install
+
 #: kind → file of a model directory.
 FILES = {
     "fp32": "model.onnx",
@@ -48,7 +50,7 @@ class MismatchError(W2SError):
 
 def missing_extra(package: str, extra: str) -> UsageError:
     """The error for an import that an optional extra would have brought."""
-    return UsageError(f"{package} is not installed; this command needs it: pip install 'w2s-jax[{extra}]'")
+    return UsageError(f"{package} is not installed; this command needs it: {pip_install(extra)}")
 
 
 def fingerprint(*parts: object) -> str:

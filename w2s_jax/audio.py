@@ -205,8 +205,10 @@ class _SoundFile(soundfile.SoundFile):
 
     def skip(self, frames: int) -> None:
         if frames and super().seekable():
-            self.seek(frames)
-            return
+            # an MP3 frame needs bits of those before it (up to 511 bytes, so 22 frames of the smallest), and their overlap
+            before = min(frames, 2**15 if self.format == "MP3" else 0)
+            self.seek(frames - before)
+            frames = before
         while frames > 0 and (n := len(self.read(min(frames, _CHUNK // self.channels), "float32"))):
             frames -= n
 
@@ -266,6 +268,7 @@ class _Recordings:
         self._parts = self.layout.parts or (containers.Part(((0, os.fstat(raw.fileno()).st_size),)),)
         self._first = self._open(0)
         self.samplerate, self.channels, self.format = self._first.samplerate, self._first.channels, self._first.format
+        self._first_subtype = self._first.subtype
         self._frames: list[int] = []  # of each part, at the first one's rate; 0: it cannot be read
         try:
             for index in range(len(self._parts)):
@@ -350,11 +353,11 @@ class _Recordings:
             except soundfile.SoundFileError as error:
                 at = first / self.samplerate
                 raise UnreadableAudioError(f"{self._name} is damaged: nothing at {at:g} s: {_reason(error)}") from error
-            wanted = min(wanted, math.inf if limit is None else limit - first)
-            for chunk in _chunks(file, self._name, size, first, wanted):
-                wanted -= len(chunk)
+            # never more than the header counts: libsndfile would decode what follows, and drop it
+            there = (file.frames if limit is None else min(limit, file.frames)) - first
+            for chunk in _chunks(file, self._name, size, first, min(wanted, there)):
                 yield self._mixed(chunk)
-            if wanted > 0 and not self.layout.parts:
+            if wanted > there and not self.layout.parts:
                 self._check_end()
             return
         resampler = soxr.ResampleStream(file.samplerate, self.samplerate, self.channels, dtype="float32", quality="HQ")
@@ -376,12 +379,14 @@ class _Recordings:
         if os.name == "nt" or self.format in ("WAV", "WAVEX", "RF64", "AIFF"):  # their chunks have been looked at
             return
         size = os.fstat(self._raw.fileno()).st_size
-        left = (self.layout.end or size) - os.lseek(self._raw.fileno(), 0, os.SEEK_CUR)
-        if left > max(2**16, size // 20):
-            _warn(
-                f"{self._name} is damaged, or not all of it is audio: {left} of {size} bytes are not read",
-                TruncatedAudioWarning,
-            )
+        width = _WIDTHS.get(self._first_subtype) if self.format != "FLAC" else None
+        if width:
+            left = size - self.frames * self.channels * width
+        else:  # how far the decoder came
+            left = (self.layout.end or size) - os.lseek(self._raw.fileno(), 0, os.SEEK_CUR)
+        if left > containers.most_unread(size):
+            found = f"{left} of {size} bytes are not read"
+            _warn(f"{self._name} is damaged, or not one recording: {found}", TruncatedAudioWarning)
 
     def _mixed(self, chunk: np.ndarray) -> np.ndarray:
         """A part with other channels than the first one's: its mean in every channel, so that the mixdown is its own."""
@@ -399,7 +404,7 @@ class _Ffmpeg:
         self._name, self.format = printable(path), kind
         program = shutil.which("ffmpeg")
         if program is None:
-            given = self._name if re.match(r"[^-:]+$", self._name) else f"file:{self._name}"
+            given = self._name if re.fullmatch(r"[^-:][^:]*", self._name) else f"file:{self._name}"
             line = f"ffmpeg -i {shlex.quote(given)} {shlex.quote(os.path.splitext(given)[0].removeprefix('file:') + '.wav')}"
             raise UnreadableAudioError(
                 f"cannot read {self._name}: it is {kind}, which takes ffmpeg, and there is none on this machine; "
@@ -522,6 +527,9 @@ class _Ffmpeg:
         if not code and not said:
             return ""
         return printable(f"ffmpeg says: {said[0]}" if said else f"ffmpeg ended with code {code}")
+
+
+_WIDTHS = {"PCM_S8": 1, "PCM_U8": 1, "ULAW": 1, "ALAW": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
 
 
 def _reason(error: Exception) -> str:

@@ -25,8 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from w2s_jax import SAMPLING_RATE, __version__
+from w2s_jax import SAMPLING_RATE, __version__, names
 from w2s_jax.artifacts import FILES, UsageError, W2SError, missing_extra, write_atomic, write_json
+from w2s_jax.install import pip_install
+from w2s_jax.machine import INTEGER_KINDS
 
 #: arXiv 2408.13920: 5 s of audio, ONNX, one Xeon; CCC on MSP-Podcast v1.7 Test1. Only what is public.
 PUBLISHED: dict[str, dict] = {
@@ -47,8 +49,6 @@ COLUMNS = (
 KINDS = ("fp32", "int8")
 #: What can be asked for. Where that is onnxruntime, a .tflite file runs in LiteRT, as ``Predictor`` does it.
 ENGINES = ("onnxruntime", "openvino")
-#: Kinds that multiply integers, which is to be faster than fp32; the others of eight bits and less only save bytes.
-INTEGER_KINDS = ("int8", "qdq", "int8-int4")
 #: An Identity from x [time] to y as ONNX: the model of a process that does nothing.
 EMPTY = base64.b64decode(
     "CAg6QwoQCgF4EgF5IghJZGVudGl0eRIFZW1wdHlaEwoBeBIOCgwIARIICgYSBHRpbWViEwoBeRIOCgwIARIICgYSBHRpbWVCBAoAEBE="
@@ -107,10 +107,13 @@ def _random_variables(student) -> dict:
     import jax
     import jax.numpy as jnp
 
+    from w2s_jax.devices import computing
     from w2s_jax.models.frontend import LogMel
 
     generator = np.random.default_rng(0)
-    shapes = dict(jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE))))
+    with computing():
+        shapes = dict(jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE))))
+        logmel = LogMel(student.n_fft, student.hop, student.n_mels).init(jax.random.key(0), jnp.zeros((1, student.n_fft)))
 
     def drawn(path, leaf) -> np.ndarray:
         if path[-1].key in ("scale", "var"):
@@ -120,7 +123,6 @@ def _random_variables(student) -> dict:
         fan_in = math.prod(leaf.shape[:-1])
         return (generator.standard_normal(leaf.shape) * math.sqrt(2 / fan_in)).astype(np.float32)
 
-    logmel = LogMel(student.n_fft, student.hop, student.n_mels).init(jax.random.key(0), jnp.zeros((1, student.n_fft)))
     variables = {part: jax.tree_util.tree_map_with_path(drawn, shapes[part]) for part in ("params", "batch_stats")}
     return {**variables, "frontend": {"logmel": logmel["frontend"]}}
 
@@ -164,7 +166,8 @@ def measure(
         ``ratio``: the median over the rounds of (time / time of the yardstick in the same round).
 
     Raises:
-        UsageError: no such file or engine, an engine that is not installed, another kind of network, or nothing that can run.
+        UsageError: no such file or engine, an engine that is not installed, another kind of network, 8-bit weights on a
+            processor whose sums of them overflow, or nothing that can run.
         W2SError: onnxruntime cannot run it.
     """
     if seconds <= 0 or runs < 1:
@@ -460,7 +463,7 @@ def bench(
         try:
             import matplotlib  # noqa: F401 (asks whether it is there)
         except ImportError:
-            say("no picture: matplotlib is not installed; pip install 'w2s-jax[train]'")
+            say(f"no picture: matplotlib is not installed; {pip_install('train')}")
         else:
             picture(table, seconds, out / "bench.png")
     return table
@@ -468,6 +471,7 @@ def bench(
 
 def slower(times: Mapping[str, float]) -> str | None:
     """What is to be said where eight bits do not pay: kind → milliseconds; None where they do."""
+    # what multiplies integers is to be faster than fp32; the other kinds of 8 bits and less only save bytes
     found = [f"{times[kind]:.2f} ms of {kind}" for kind in INTEGER_KINDS if times.get(kind, 0) > times.get("fp32", math.inf)]
     return f"fp32 is faster here: {times['fp32']:.2f} ms against {', '.join(found)}" if found else None
 
@@ -580,9 +584,9 @@ def _shown_keys(row: Mapping) -> list[str]:
 
 
 def markdown(table: Sequence[Mapping]) -> str:
-    """The table in Markdown."""
-    names = headings(table[0])
-    lines = [names, ["---"] * len(names), *(shown(row) for row in table)]
+    """The table in Markdown; names of models, which may be strangers', show as they are."""
+    headline = headings(table[0])
+    lines = [headline, ["---"] * len(headline), *([names.markdown(cell) for cell in shown(row)] for row in table)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import flax.linen as nn
@@ -13,9 +14,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from w2s_jax import SAMPLING_RATE, __version__, models
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError, read_json, write_atomic, write_json
+from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint, read_json, write_atomic, write_json
+from w2s_jax.devices import computing
+from w2s_jax.names import check_dimensions, line
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+#: Of config.json; a later one may mean something else.
+VERSION = 1
+#: Keys of config.json that hold checksums: of the weights, and of all the others.
+SUMS = ("weights", "checksum")
+#: Keys of config.json → what JSON makes of them.
+_KINDS = {"student": str, "fields": dict, "sampling_rate": int, "dimensions": list, "teacher": dict}
+#: The same of its teacher.
+_OF_TEACHER = {"name": str, "fingerprint": str, "licence": str, "stand_in": bool}
+_JSON = {str: "a text", dict: "an object", int: "a whole number", list: "a list", bool: "true or false"}
 
 
 def save_student(directory: str | Path, name: str, fields: dict, variables: dict, about: dict) -> None:
@@ -31,19 +43,29 @@ def save_student(directory: str | Path, name: str, fields: dict, variables: dict
     directory = Path(directory)
     # safetensors writes an array's memory as it lies, transposed or not
     arrays = {"/".join(path): np.ascontiguousarray(leaf) for path, leaf in flatten_dict(variables).items()}
-    write_atomic(directory / WEIGHTS, lambda temporary: save_file(arrays, temporary, {"format": "w2s-student"}))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(arrays, temporary, {"format": "w2s-student"})
+        except SafetensorError as error:  # its kind of OSError
+            raise OSError(str(error)) from error
+
+    write_atomic(directory / WEIGHTS, write)
     config = {
         "format": "w2s-student",
-        "version": 1,
+        "version": VERSION,
         "student": name,
         "fields": {field: value for field, value in fields.items() if field not in models.RUNNING},
         "sampling_rate": SAMPLING_RATE,
-        **about,
+        **{key: value for key, value in about.items() if key not in SUMS},
         "w2s_jax": __version__,
+        "weights": fingerprint(directory / WEIGHTS),
     }
+    config["checksum"] = _checksum(config)
     write_json(directory / CONFIG, config)
 
 
+@computing()
 def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     """Read a student directory, or a run directory that has one in ``student/``.
 
@@ -53,7 +75,7 @@ def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     Raises:
         UsageError: there is no student at that place.
         MismatchError: the arrays are not those of the student that config.json names; lists every difference.
-        W2SError: a file is damaged.
+        W2SError: a file is damaged, config.json is of a later version, or says something impossible.
     """
     directory = Path(directory)
     if (directory / "student" / CONFIG).exists():
@@ -61,18 +83,91 @@ def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     config = read_json(directory / CONFIG, "student")
     if config.get("format") != "w2s-student":
         raise UsageError(f"{directory / CONFIG} does not describe a student of w2s_jax")
-    student = models.build(config["student"], **config["fields"])
+    check_config(config, directory / CONFIG)
+    try:
+        student = models.build(config["student"], **config["fields"])
+    except W2SError as error:
+        raise type(error)(f"{directory / CONFIG}: {error}") from error
+    if student.dimensions != len(config["dimensions"]):
+        counts = f"{student.dimensions} outputs, but {len(config['dimensions'])} names of dimensions"
+        raise MismatchError(f"{directory / CONFIG}: the student has {counts}")
+    if (
+        "weights" in config
+        and (directory / WEIGHTS).is_file()
+        and (found := fingerprint(directory / WEIGHTS)) != config["weights"]
+    ):
+        said = f"its fingerprint is {found}, but {line(config['weights'], 16)} in {CONFIG}"
+        raise W2SError(f"{directory / WEIGHTS} is damaged: {said}; copy it again, or train again")
     try:
         arrays = load_file(directory / WEIGHTS)
     except FileNotFoundError as error:
         raise UsageError(f"no weights at {directory} (it has no {WEIGHTS})") from error
     except SafetensorError as error:
         raise W2SError(f"{directory / WEIGHTS} is damaged: {error}") from error
-    shapes = jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE)))
+    try:
+        seconds = max(SAMPLING_RATE, student.minimum_samples)
+        shapes = jax.eval_shape(student.init, jax.random.key(0), jax.ShapeDtypeStruct((1, seconds), jnp.float32))
+    except (TypeError, ValueError, ArithmeticError, MemoryError) as error:  # fields that go one by one, but not together
+        raise W2SError(f"{directory / CONFIG}: its fields make no student: {line(error, 200)}") from error
     expected = {"/".join(path): leaf.shape for path, leaf in flatten_dict(shapes).items()}
     check_arrays(arrays, expected, f"{directory / WEIGHTS} against student {config['student']}")
     variables = unflatten_dict({tuple(path.split("/")): array for path, array in arrays.items()})
     return student, variables, config
+
+
+#: What torch.compile and DataParallel put before the names of a model that they wrap.
+WRAPPERS = ("_orig_mod.", "module.")
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names of tensors → the same without ``_orig_mod.`` and ``module.``, where every one begins so, in any order.
+
+    Example:
+        >>> unwrapped(["module._orig_mod.adv.bias", "module._orig_mod.adv.weight"])["module._orig_mod.adv.bias"]
+        'adv.bias'
+    """
+    names = list(names)
+    bare = names
+    while prefix := next((p for p in WRAPPERS if bare and all(name.startswith(p) for name in bare)), None):
+        bare = [name.removeprefix(prefix) for name in bare]
+    return dict(zip(names, bare, strict=True))
+
+
+def _checksum(config: dict) -> str:
+    return fingerprint({key: value for key, value in config.items() if key != "checksum"})
+
+
+def check_config(config: dict, path: Path) -> None:
+    """Refuse the content of a student's config.json unless it has what ``load_student`` promises.
+
+    Raises:
+        W2SError: names the key, what it is and what it should be; a checksum that is there is not right; another version.
+    """
+    if config.get("version") != VERSION or isinstance(config["version"], bool):
+        found = line(repr(config.get("version")), 40)
+        raise W2SError(f"{path} has version {found}, expected {VERSION}; read it with the w2s_jax that wrote it")
+    if "checksum" in config and config["checksum"] != _checksum(config):
+        raise W2SError(f"{path} is damaged, or was changed by hand: its checksum is not right; copy it again, or train again")
+    for what, kinds, where in (("", _KINDS, config), ("teacher.", _OF_TEACHER, config.get("teacher"))):
+        for key, kind in kinds.items():
+            if not isinstance(where, dict) or not isinstance(where.get(key), kind) or (kind is int and where[key] is True):
+                found = line(repr(where.get(key)), 40) if isinstance(where, dict) else "missing"
+                raise W2SError(f"{path}: {what}{key} is {found}, expected {_JSON[kind]}")
+    if config["sampling_rate"] != SAMPLING_RATE:
+        raise W2SError(f"{path}: sampling_rate is {config['sampling_rate']}, expected {SAMPLING_RATE}")
+    check_dimensions(config["dimensions"], path)
+    for key in ("name", "licence"):
+        if config["teacher"][key] != line(config["teacher"][key]):
+            raise W2SError(f"{path}: teacher.{key} is {line(ascii(config['teacher'][key]), 60)}, expected one printable line")
+    if (pretrained := config.get("pretrained")) is not None:  # else the weights started from nothing
+        parts = pretrained if isinstance(pretrained, dict) else {}
+        for key in ("what", "source", "fingerprint", "licence"):
+            if not isinstance(parts.get(key), str):
+                raise W2SError(f"{path}: pretrained.{key} is {line(repr(parts.get(key)), 40)}, expected a text")
+    if (scores := config.get("validation_ccc")) is not None:  # else there were no validation views
+        fits = isinstance(scores, dict) and all(isinstance(scores.get(name), (int, float)) for name in config["dimensions"])
+        if not fits:
+            raise W2SError(f"{path}: validation_ccc is {line(repr(scores), 60)}, expected a number for each dimension")
 
 
 def check_arrays(arrays: dict, expected: dict[str, tuple], what: str) -> None:

@@ -6,14 +6,20 @@ by Ctrl-C and SIGTERM.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import dataclasses
 import importlib.util
+import inspect
 import io
 import json
+import logging
+import math
 import os
+import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -25,13 +31,27 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 from w2s_jax import SAMPLING_RATE, __version__
 from w2s_jax.artifacts import FILES, UsageError, W2SError, missing_extra
 
 HELP = {"help_option_names": ["-h", "--help"]}
+
+#: The order of the commands in the help: that of the chain.
+CHAIN = ("quickstart", "bank", "views", "teacher", "label", "train", "eval", "export", "predict", "bench")
+
+
+class _Chain(TyperGroup):
+    """Lists its commands in the order of the chain."""
+
+    def list_commands(self, ctx) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: CHAIN.index(name) if name in CHAIN else len(CHAIN))
+
+
 app = typer.Typer(
     name="w2s",
+    cls=_Chain,
     help="Speech emotion on tiny hardware: distil a large teacher into a 72K-parameter network, run it anywhere.",
     no_args_is_help=True,
     add_completion=False,
@@ -50,6 +70,14 @@ out, err = Console(soft_wrap=True, highlight=False, markup=False), Console(stder
 
 #: The base of all usage errors; typer has its own copy of click since some release and does not export this class.
 ClickError = typer.BadParameter.__base__.__base__
+
+
+def _finite(value: float | None) -> float | None:
+    """A callback of options: infinity and NaN pass every range."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"expected a number, got {value}")
+    return value
+
 
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one line of JSON.")]
 
@@ -121,6 +149,10 @@ class Bits(StrEnum):
 
 # options of every command that loads a teacher
 Dimensions = Annotated[str | None, typer.Option("--dimensions", help="Names of an onnx: teacher's outputs, commas between.")]
+Output = Annotated[
+    str | None,
+    typer.Option("--output", metavar="NAME", help="Of an onnx: teacher with several, the one to take.", show_default="logits"),
+]
 CheckpointDir = Annotated[
     Path | None,
     typer.Option(
@@ -149,7 +181,7 @@ Processes = Annotated[int | None, typer.Option(min=1, help="How many processes t
 Process = Annotated[int | None, typer.Option(min=0, help="Which of them this one is, from 0.")]
 
 
-def _teacher(name: str, checkpoint_dir, dimensions: str | None, dtype, normalisation, revision):
+def _teacher(name: str, checkpoint_dir, dimensions: str | None, dtype, normalisation, revision, output: str | None = None):
     """Load a teacher from the options of a command."""
     err.print(f"loading teacher {name}")
     return heavy("teachers", "train").load(
@@ -159,20 +191,29 @@ def _teacher(name: str, checkpoint_dir, dimensions: str | None, dtype, normalisa
         dtype=dtype and dtype.value,
         normalisation=normalisation and normalisation.value,
         revision=revision,
+        output=output,
     )
 
 
 def finish(result: dict, as_json: bool) -> None:
     """Print the machine-readable last line, if asked for."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        print(_json(result), flush=True)
+
+
+def _json(value: object, **layout: object) -> str:
+    """JSON that stays valid whatever stdout can hold: in ASCII unless it is UTF-8, and if a file name has stray bytes."""
+    text = json.dumps(value, ensure_ascii=False, **layout)
+    utf8 = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+    return text if utf8 and not any("\ud800" <= character <= "\udfff" for character in text) else json.dumps(value, **layout)
 
 
 @contextlib.contextmanager
-def shown(what: str, unit: str) -> Iterator[Any]:
+def shown(what: str, unit: str, brief: bool = False) -> Iterator[Any]:
     """Progress on stderr: a live bar on a terminal, a line every ten seconds elsewhere.
 
-    Yields ``report(done, total, **figures)``.
+    Yields ``report(done, total, **figures)``. With ``brief`` nothing is left of the bar, and work of less than ten seconds
+    has no line.
     """
     if err.is_terminal:
         columns = (
@@ -184,7 +225,9 @@ def shown(what: str, unit: str) -> Iterator[Any]:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=err) as bar:
+        # rich would send what is printed meanwhile to stderr, results that are piped into a file included
+        piped = not out.is_terminal
+        with Progress(*columns, console=err, transient=brief, redirect_stdout=not piped) as bar:
             task, kept = bar.add_task(what, total=None, figures=""), {}
 
             def report(done: int, total: int, **figures: float) -> None:
@@ -193,16 +236,18 @@ def shown(what: str, unit: str) -> Iterator[Any]:
 
             yield report
         return
-    began, last, first, kept = time.monotonic(), [0.0, None], [None], {}
+    began, first, kept = time.monotonic(), [None], {}
+    last = [began if brief else 0.0, None, {}]
 
     def report(done: int, total: int, **figures: float) -> None:
         kept.update(figures)
         now = time.monotonic()
         if first[0] is None:
             first[0] = (done, now)
-        if done == last[1] or (now - last[0] < 10 and done < total):
+        soon = now - last[0] < 10 and (done < total or (brief and last[1] is None))
+        if soon or (done, kept) == tuple(last[1:]):
             return
-        last[:] = now, done
+        last[:] = now, done, dict(kept)
         rate = (done - first[0][0]) / max(now - first[0][1], 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if done < total and rate > 0 else ""
         note = _figures(kept)
@@ -227,15 +272,23 @@ def heavy(module: str, extra: str):
         if (error.name or "").startswith("w2s_jax"):
             raise
         raise missing_extra(error.name or module, extra) from error
+    except UsageError as error:
+        if isinstance(
+            error.__cause__, ModuleNotFoundError
+        ):  # the module names its own extra; the command may need a larger one
+            raise missing_extra(error.__cause__.name or module, extra) from error
+        raise
 
 
-def _numbers(text: str, name: str, count: int | None = None) -> tuple[float, ...]:
+def _numbers(text: str, name: str, count: int | None = None, most: float = 86400) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
     if not values or (count is not None and len(values) != count):
         raise UsageError(f"{name} takes {count or 'some'} numbers with commas between them, got {text!r}")
+    if not all(-most <= value <= most for value in values):
+        raise UsageError(f"{name} takes numbers from {-most:g} to {most:g}, got {text!r}")
     return values
 
 
@@ -315,10 +368,12 @@ def views_draw(
     per_clip: Annotated[int, typer.Option(min=1, help="Views of each training clip.")] = 4,
     eval_per_clip: Annotated[int, typer.Option(min=1, help="Views of each validation and test clip; clean and fixed.")] = 1,
     seconds: Annotated[str, typer.Option(help="Lengths of the views.")] = "2,5",
-    mix: Annotated[float, typer.Option(min=0, max=1, help="Share of training views that are mixtures of two clips.")] = 0.5,
+    mix: Annotated[
+        float, typer.Option(min=0, max=1, callback=_finite, help="Share of training views that are mixtures of two clips.")
+    ] = 0.5,
     gain_db: Annotated[str, typer.Option(help="Range of the gain of training views.")] = "-6,6",
     snr_db: Annotated[str, typer.Option(help="Range of the first clip's level over the second's in a mixture.")] = "0,20",
-    min_seconds: Annotated[float, typer.Option(min=0, help="Shorter clips have no views.")] = 0.5,
+    min_seconds: Annotated[float, typer.Option(min=0, callback=_finite, help="Shorter clips have no views.")] = 0.5,
     partners: Annotated[
         Partners,
         typer.Option(help="Where the second clip of a mixture is from; shard: nearby, for large banks on many devices."),
@@ -335,8 +390,8 @@ def views_draw(
         eval_per_clip=eval_per_clip,
         seconds=_numbers(seconds, "--seconds"),
         mix=mix,
-        gain_db=_numbers(gain_db, "--gain-db", 2),
-        snr_db=_numbers(snr_db, "--snr-db", 2),
+        gain_db=_numbers(gain_db, "--gain-db", 2, 200),
+        snr_db=_numbers(snr_db, "--snr-db", 2, 200),
         min_seconds=min_seconds,
         partners=partners.value,
         seed=seed,
@@ -359,6 +414,7 @@ def label(
     teacher: Annotated[str, typer.Option(metavar="NAME", help="paper | wavlm | wav2vec2 | acoustic | dnsmos | onnx:FILE")],
     into: Annotated[Path, typer.Option("--out", help="The labels' directory.")],
     dimensions: Dimensions = None,
+    output: Output = None,
     checkpoint_dir: CheckpointDir = None,
     dtype: Dtyped = None,
     normalisation: Normalised = None,
@@ -381,7 +437,7 @@ def label(
     bank, views, work = (heavy(name, "train") for name in ("bank", "views", "label"))
     _join(distributed, coordinator, processes, process)
     the_bank, the_views = bank.Bank(bank_path), views.read(views_path)
-    the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision)
+    the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision, output)
     began = time.perf_counter()
     with shown("label", "views") as report:
         about = work.label(
@@ -418,12 +474,13 @@ def _join(distributed: bool, coordinator: str | None, processes: int | None, pro
 def teacher_check(
     teacher: Annotated[str, typer.Argument(metavar="NAME", help="paper | wavlm | wav2vec2 | acoustic | dnsmos | onnx:FILE")],
     dimensions: Dimensions = None,
+    output: Output = None,
     checkpoint_dir: CheckpointDir = None,
     dtype: Dtyped = None,
     normalisation: Normalised = None,
     revision: Revision = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Views that each device hears at once.")] = 4,
-    seconds: Annotated[float, typer.Option(min=0.05, help="Length of a view.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.05, max=3600, callback=_finite, help="Length of a view.")] = 5.0,
     bank_path: Annotated[
         Path | None, typer.Option("--bank", help="Compare --dtype bfloat16 with float32 on 32 clips of this bank.")
     ] = None,
@@ -434,10 +491,10 @@ def teacher_check(
     if bank_path is not None and dtype is not Dtype.bfloat16:
         raise UsageError("--bank goes with --dtype bfloat16: it shows what that changes in the labels")
     the_bank = heavy("bank", "train").Bank(bank_path) if bank_path else None
-    the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision)
+    the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision, output)
     result = teachers.check(the_teacher, batch_size, seconds)
     if the_bank is not None:
-        exact = _teacher(teacher, checkpoint_dir, dimensions, Dtype.float32, normalisation, revision)
+        exact = _teacher(teacher, checkpoint_dir, dimensions, Dtype.float32, normalisation, revision, output)
         result["bfloat16"] = teachers.compare(the_teacher, exact, the_bank.excerpts("train", 32, seconds))
     table = Table(title=f"teacher {the_teacher.name}", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
@@ -496,8 +553,10 @@ def train(
     """Train a student on a teacher's labels, on all devices of this process and of those that it joins.
 
     WORKDIR gets config.json, metrics.jsonl, TensorBoard events, checkpoints, and the best student in student/. Ctrl-C and
-    SIGTERM write a last checkpoint (exit code 130 and 143); the same command goes on from it. Processes that are joined
-    (--distributed, or --coordinator with --processes and --process) share WORKDIR; each reads only its part of the bank.
+    SIGTERM write a last checkpoint (exit code 130 and 143); the same command goes on from it. With more --set steps, a run,
+    finished or not, goes on with the learning rates that the schedule over so many steps has from there on. Processes that
+    are joined (--distributed, or --coordinator with --processes and --process) share WORKDIR; each reads only its part of the
+    bank.
     """
     config, bank, views, labels, work = (heavy(name, "train") for name in ("config", "bank", "views", "labels", "train"))
     experiment_config = config.load(experiment, settings or [])
@@ -545,6 +604,8 @@ def evaluate(
     teacher: Annotated[
         str | None, typer.Option(metavar="NAME", help="Instead of RUN|MODEL: this teacher, on whole clips.")
     ] = None,
+    dimensions: Dimensions = None,
+    output: Output = None,
     checkpoint_dir: CheckpointDir = None,
     dtype: Dtyped = None,
     normalisation: Normalised = None,
@@ -562,7 +623,7 @@ def evaluate(
         if views_path or labels_path:
             raise UsageError("--teacher hears whole clips and is compared with people: --views and --labels are for a student")
         the_bank = bank.Bank(bank_path)
-        the_teacher = _teacher(teacher, checkpoint_dir, None, dtype, normalisation, revision)
+        the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision, output)
         with shown("eval", "clips") as progress:
             report = work.evaluate_teacher(
                 the_teacher, the_bank, split=split.value, batch_size=batch_size or 8, out=into, progress=progress
@@ -574,8 +635,9 @@ def evaluate(
             err.print(f"w2s: warning: {the_teacher.doubt}", style="yellow")
         written = into and into / f"teacher_{split.value}"
     else:
-        if any(value is not None for value in (checkpoint_dir, dtype, normalisation, revision, batch_size)):
-            raise UsageError("--checkpoint-dir, --dtype, --normalisation, --revision and --batch-size go with --teacher")
+        if any(value is not None for value in (dimensions, output, checkpoint_dir, dtype, normalisation, revision, batch_size)):
+            options = "--dimensions, --output, --checkpoint-dir, --dtype, --normalisation, --revision and --batch-size"
+            raise UsageError(f"{options} go with --teacher")
         if labels_path and not views_path:
             raise UsageError("--labels belong to views: give --views as well")
         the_bank = bank.Bank(bank_path)
@@ -602,7 +664,7 @@ def _scores(scores: dict, title: str) -> None:
         table.add_column(column, justify="right")
     for name, score in scores.items():
         if name != "mean":
-            table.add_row(name, *("–" if score[key] is None else f"{score[key]:.3f}" for key in ("ccc", "low", "high")))
+            table.add_row(name, *("-" if score[key] is None else f"{score[key]:.3f}" for key in ("ccc", "low", "high")))
     table.add_row("mean", f"{scores['mean']:.3f}", "", "")
     out.print(table)
 
@@ -610,7 +672,9 @@ def _scores(scores: dict, title: str) -> None:
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory or an .onnx file.")],
-    files: Annotated[list[Path], typer.Argument(metavar="AUDIO...", help="Anything that libsndfile reads.")],
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="AUDIO|FOLDER|-...", help="Audio files, folders of them, - for a file on stdin.")
+    ],
     window: Annotated[
         float | None, typer.Option(help="Seconds in a window.", show_default="whole file; 10 beyond a minute")
     ] = None,
@@ -622,34 +686,113 @@ def predict(
 ) -> None:
     """Predict the model's dimensions for audio files, one row per file or window.
 
-    Long files are read window by window in bounded memory. A file that cannot be read is reported and the rest is done; the
-    exit code is then 1.
+    A FOLDER stands for all audio files below it, - for the bytes of one file on standard input. Long files are read window by
+    window in bounded memory. A file that cannot be read is reported and the rest is done; the exit code is then 1. Ctrl-C
+    prints the rows so far.
     """
     from w2s_jax.runtime import Predictor
 
-    for value, name in ((window, "--window"), (hop, "--hop")):
-        if value is not None and not value > 0:
-            raise UsageError(f"{name} takes a number of seconds above 0, got {value}")
+    for value, name, most in ((window, "--window", LONGEST), (hop, "--hop", sys.float_info.max)):
+        if value is not None and not 0 < value <= most:
+            most = f" and at most {most:g}" if value > most == LONGEST else ""
+            raise UsageError(f"{name} takes a number of seconds above 0{most}, got {value}")
     if hop is not None and window is None:
         raise UsageError("--hop goes with --window")
     predictor = Predictor(model, kind=kind.value if kind else None, threads=threads)
-    rows, failures = [], 0
-    writer = _Rows(form, predictor.dimensions)
-    for path in files:
+    with tempfile.TemporaryDirectory(prefix="w2s-") as temporary:
+        files = _audio_files(sources, Path(temporary))
+        if stand_in := predictor.metadata.get("stand_in") == "true":
+            err.print(
+                f"w2s: note: {model} learned from a stand-in for a teacher: its values show that the chain works, nothing else",
+                style="yellow",
+                soft_wrap=True,
+            )
+        rows, failures = 0, 0
+        writer = _Rows(form, predictor.dimensions)
         try:
-            for start, end, values in _predict_file(predictor, path, window, hop):
-                rows.append(writer.add(path, start, end, values))
-        except W2SError as error:
-            failures += 1
-            print(f"w2s: error: {error}", file=sys.stderr)
-    writer.close()
-    finish({"model": str(model), "files": len(files), "failures": failures, "rows": sum(rows)}, as_json)
+            # rows that appear on the terminal one by one are progress enough, and would run into the bar
+            live = form in (Format.csv, Format.jsonl) and out.is_terminal
+            with _unseen() if live else shown("predict", "files", brief=True) as report:
+                for number, (name, path) in enumerate(files):
+                    try:
+                        with _called(name, path):
+                            for start, end, values in _predict_file(predictor, path, window, hop):
+                                rows += writer.add(name, start, end, values)
+                                report(number, len(files), rows=rows)
+                    except W2SError as error:
+                        failures += 1
+                        _fail(str(error), 1)
+                    report(number + 1, len(files), rows=rows)
+        finally:  # also of what is stopped in the middle
+            writer.close()
+    result = {"model": str(model), "files": len(files), "failures": failures, "rows": rows}
+    finish(result | ({"stand_in": True} if stand_in else {}), as_json)
     if failures:
         raise W2SError(f"{failures} of {len(files)} files could not be predicted")
 
 
 #: Seconds of audio that are predicted in one piece unless windows are asked for; memory grows with the length.
 WHOLE_FILE = 60.0
+#: Seconds in the longest window; several hours would not fit into the memory of most machines.
+LONGEST = 3600.0
+
+
+@contextlib.contextmanager
+def _unseen() -> Iterator[Any]:
+    yield lambda *_, **__: None
+
+
+def _audio_files(sources: list[Path], temporary: Path) -> list[tuple[Path, Path]]:
+    """(name for people, path) of every audio file that the command line names; standard input is spooled to ``temporary``."""
+    files = []
+    for source in sources:
+        if source == Path("-"):
+            if (spooled := temporary / "stdin") in (path for _, path in files):
+                raise UsageError("- is named twice, but standard input can be read only once")
+            _spool(spooled)
+            files.append((source, spooled))
+        elif source.is_dir():
+            from w2s_jax import corpora
+
+            files += [(Path(clip.file),) * 2 for clip in corpora.read("folder", source)]
+        else:
+            files.append((source, source))
+    return files
+
+
+def _spool(path: Path) -> None:
+    """Copy standard input to a file, for audio formats are read by seeking."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("- reads an audio file from a pipe (w2s predict MODEL - < speech.wav); nothing is piped in")
+    try:
+        with open(path, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+    except OSError as error:
+        raise W2SError(
+            f"cannot copy standard input into {path.parent}: {error.strerror} (TMPDIR chooses another place)"
+        ) from error
+
+
+@contextlib.contextmanager
+def _called(name: Path, path: Path) -> Iterator[None]:
+    """Errors and warnings about ``path`` name the file as the user knows it."""
+    from w2s_jax.audio import printable
+
+    known, spooled = "standard input" if name != path else printable(name), printable(path)
+
+    def renamed(message: object) -> str:
+        return str(message).replace(spooled, known)
+
+    before = warnings.showwarning
+    warnings.showwarning = lambda message, *rest, **others: before(renamed(message), *rest, **others)
+    try:
+        yield
+    except W2SError as error:
+        message = renamed(error)
+        error.args = (message if known in message else f"{known}: {message}",)
+        raise
+    finally:
+        warnings.showwarning = before
 
 
 def _predict_file(predictor, path: Path, window: float | None, hop: float | None):
@@ -682,7 +825,7 @@ class _Rows:
         row = {"file": printable(path), "start": round(start, 3), "end": round(end, 3)}
         row |= {name: round(float(value), 6) for name, value in values.items()}
         if self.form is Format.jsonl:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+            print(_json(row), flush=True)
         elif self.form is Format.csv:
             self._csv(*row.values())
         else:
@@ -691,7 +834,7 @@ class _Rows:
 
     def close(self) -> None:
         if self.form is Format.json:
-            print(json.dumps(self.kept, ensure_ascii=False, indent=1))
+            print(_json(self.kept, indent=1))
         elif self.form is Format.table and self.kept:
             table = Table()
             table.add_column("file", overflow="fold")
@@ -720,11 +863,11 @@ def export(
     ] = None,
     min_ccc: Annotated[
         float,
-        typer.Option("--min-ccc", help="Least CCC with fp32, in every dimension, of a kind that rounds."),
+        typer.Option("--min-ccc", callback=_finite, help="Least CCC with fp32, in every dimension, of a kind that rounds."),
     ] = 0.99,
     weight_bits: Annotated[
-        Bits, typer.Option(help="Of eight-bit kinds' weights; 7 for x86 CPUs without VNNI, where sums of 8 could overflow.")
-    ] = Bits.eight,
+        Bits, typer.Option(help="Of eight-bit kinds' weights; 8 only for ARM and x86 with VNNI: elsewhere their sums overflow.")
+    ] = Bits.seven,
     measured: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure time and memory on this machine for the report.")
     ] = True,
@@ -748,7 +891,7 @@ def export(
     all        all that this student can have
 
     fp32, litert and chunked are compared with Flax on lengths from 64 samples to 60 s, the others with fp32 on validation
-    audio. If one is not good enough, nothing is written.
+    audio. A kind that is not good enough is left out, with a warning and exit code 1; if fp32 is not, nothing is written.
     """
     if not run.is_dir():
         raise UsageError(f"no run at {run}: no such directory")
@@ -796,9 +939,14 @@ def export(
             f"{row['ratio']:.2f}" if "ratio" in row else "–",
             f"{memory / 1e6:.1f}" if memory is not None else "–",
         )
+    for kind in result["failed"]:
+        table.add_row(kind, "not written")
     (out if out.is_terminal else Console(width=120)).print(table)
     out.print(f"model directory: {into}")
     finish({"model": str(into), **result}, as_json)
+    if failed := result["failed"]:  # why, the warnings have said
+        all_kinds = len(result["kinds"]) + len(failed)
+        raise W2SError(f"{len(failed)} of {all_kinds} kinds not written: {', '.join(failed)}; {into} has the others")
 
 
 @app.command()
@@ -826,7 +974,7 @@ def bench(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A field of the students; repeatable.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of the audio.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, callback=_finite, help="Length of the audio.")] = 5.0,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each file; they take turns.")] = 30,
     threads: Annotated[int, typer.Option(min=1, help="Of the engine.")] = 1,
     as_json: Json = False,
@@ -900,6 +1048,17 @@ def quickstart(
     finish(module.run(workdir, out, shown, steps), as_json)
 
 
+def _unwrapped(text: str) -> str:
+    """Help that is wrapped where the terminal ends, not where the source does; what follows a \\b is left as it is."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(part if part.startswith("\b") else " ".join(part.split()) for part in paragraphs)
+
+
+for _group in (app, bank_app, views_app, teacher_app):
+    for _command in _group.registered_commands:
+        _command.help = _unwrapped(_command.callback.__doc__)
+
+
 def _version(value: bool) -> None:
     if value:
         print(f"w2s {__version__}")
@@ -925,7 +1084,8 @@ def entry() -> None:
     os.environ |= {"USE_TORCH": "0", "USE_TF": "0", **os.environ}
     if (
         sys.platform == "linux"
-        and {"train", "label", "teacher", "quickstart"} & set(sys.argv[1:])
+        and next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+        in {"train", "label", "teacher", "quickstart"}
         and "GLIBC_TUNABLES" not in os.environ
     ):
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -936,13 +1096,20 @@ def entry() -> None:
 
 def main() -> None:
     """Run the command in ``sys.argv``; an error is one line on stderr and an exit code."""
-    # --debug and --json may stand anywhere on the line
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    _standard_streams()
+    # --debug may stand anywhere among the options, of which there are none after "--"
+    arguments = sys.argv[1:]
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug = "--debug" in options
+    arguments = [option for option in options if option != "--debug"] + arguments[len(options) :]
     if not debug:
-        warnings.showwarning = lambda message, *_, **__: print(f"w2s: warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: print(f"w2s: warning: {_one_line(message)}", file=sys.stderr)
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home it makes do, and says so in three lines
     try:
         code = app(arguments, standalone_mode=False, prog_name="w2s") or 0
+        if code == 130:  # typer has caught the KeyboardInterrupt, and says nothing
+            raise KeyboardInterrupt
+        sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
     except ClickError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already
             code = 2
@@ -956,18 +1123,76 @@ def main() -> None:
             raise
         code = _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader went away (| head); nothing is left to say to it
-        code = 1
+        code = 1  # the reader went away (| head); nothing is left to say to it
     except (OSError, MemoryError) as error:
         if debug:
             raise
         code = _fail(f"{type(error).__name__}: {error}", 1)
+    except UnicodeEncodeError as error:  # of libraries that take only UTF-8: pyarrow, orbax
+        if debug:
+            raise
+        code = _fail(f"{ascii(error.object[:300])} is not valid UTF-8, as a file here has to be named; choose another name", 2)
+    except Exception as error:
+        if debug:
+            raise
+        about = f"unexpected {type(error).__name__}: {_one_line(error)[:300]}"
+        code = _fail(f"{about} (a fault of w2s {__version__}: please report it with what --debug shows)", 1)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left cannot be written; Python would try once more at the end, and say so
+        _discard(sys.stdout)
     sys.exit(code)
 
 
 def _fail(message: str, code: int) -> int:
-    print("w2s: error: " + " ".join(message.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody is left to read it
+        print(f"w2s: error: {_one_line(message)}", file=sys.stderr)
     return code
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _standard_streams() -> None:
+    """Give the process the three streams that it may have been started without, and have them write what they can.
+
+    What the encoding of stdout or stderr lacks is escaped, or drawn with ASCII where that reads well.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # otherwise the next file that is opened gets this number, and whatever is printed
+            with contextlib.suppress(OSError):
+                spare = os.open(os.devnull, os.O_RDWR)
+                if spare != number:
+                    os.dup2(spare, number)
+                    os.close(spare)
+    codecs.register_error("w2s", _in_ascii)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="w2s")
+
+
+_ASCII = {"–": "-", "…": "...", "×": "x", "→": "->", "·": ".", "’": "'", "−": "-", "≥": ">=", "≤": "<="}
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of codecs: what cannot be encoded is replaced or, as in Python source, escaped."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    refused = error.object[error.start : error.end]
+    return "".join(_ASCII.get(character) or ascii(character)[1:-1] for character in refused), error.end
+
+
+def _discard(stream) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 if __name__ == "__main__":

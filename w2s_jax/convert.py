@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint
 from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint
-from w2s_jax.checkpoint import check_arrays, differences, refuse
+from w2s_jax.checkpoint import check_arrays, differences, refuse, unwrapped
+from w2s_jax.devices import computing
 from w2s_jax.models import RUNNING, mobilenet
 from w2s_jax.models.frontend import MEL_FLOOR
 from w2s_jax.models.mobilenet import Architecture, Bottleneck, Conv, Fused, MobileNetStudent, Separable, Trunk, Universal
@@ -70,6 +71,7 @@ def timm_key(architecture: Architecture, path: tuple[str, ...]) -> str:
     return f"blocks.{stage}.{number}.{module}.{LEAVES[leaf]}"
 
 
+@computing()
 def timm_trunk(name: str, arrays: Mapping[str, np.ndarray], fold_stem: bool = False) -> dict:
     """The variables of a trunk from timm's state dict; strict.
 
@@ -141,7 +143,7 @@ def load_timm(path: str | os.PathLike, name: str, fold_stem: bool = False) -> di
 
 
 def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file; a pickle is refused unopened."""
+    """The arrays of a safetensors file, by their names outside of any wrapper; a pickle is refused unopened."""
     try:
         with open(path, "rb") as file:
             head = file.read(2)
@@ -154,7 +156,8 @@ def _read(path: str | os.PathLike) -> dict[str, np.ndarray]:
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
         )
     try:
-        return load_file(path)
+        arrays = load_file(path)
+        return {bare: arrays[name] for name, bare in unwrapped(arrays).items()}
     except (SafetensorError, TypeError) as error:  # a TypeError is a number format that numpy does not have
         raise W2SError(f"{path} is damaged or not a safetensors file of floats: {error}") from error
 
@@ -195,6 +198,7 @@ def _not_weights(name: str) -> bool:
     return name.endswith(".num_batches_tracked") or name == "vgg7.logmel_extractor.amin"
 
 
+@computing()
 def wav2small_17k(arrays: dict[str, np.ndarray]) -> dict:
     """audEERING's published Wav2Small 17K as variables of ``Wav2Small17K``.
 

@@ -31,10 +31,15 @@ from w2s_jax.audio import printable
 
 SPLITS = ("train", "validation", "test")
 
-#: File names that :func:`folder` takes for audio: what libsndfile reads and people record speech in.
+#: File names that :func:`folder` takes for audio: what libsndfile reads, what ffmpeg does, and headerless formats, which
+#: nothing does: a file that cannot be decoded is reported as such, and not left out.
 EXTENSIONS = (
-    *(".wav", ".wave", ".rf64", ".w64", ".flac", ".mp1", ".mp2", ".mp3", ".oga", ".ogg", ".opus"),
+    *(".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".mp1", ".mp2", ".mp3", ".mpga", ".oga", ".ogg", ".opus"),
     *(".aif", ".aifc", ".aiff", ".au", ".caf", ".nist", ".snd", ".sph", ".voc"),
+    *(".m4a", ".m4b", ".m4r", ".mp4", ".m4v", ".mov", ".3ga", ".3gp", ".3g2", ".aac", ".adts", ".amr", ".awb", ".qcp"),
+    *(".webm", ".weba", ".mka", ".mkv", ".ogv", ".ogx", ".spx", ".wma", ".wmv", ".asf", ".avi", ".flv", ".mpg", ".mpeg"),
+    *(".ac3", ".eac3", ".dts", ".ape", ".wv", ".tta", ".tak", ".shn", ".mpc", ".ra", ".rm", ".dsf", ".dff"),
+    *(".gsm", ".pcm", ".raw", ".vox"),
 )
 
 _SPLIT_NAMES = {
@@ -116,8 +121,8 @@ def read(corpus: str, source: str | os.PathLike, leaks: str = "error", **options
 def folder(source: Path, split_by: str = "none") -> list[Clip]:
     """Every audio file below a directory, known by its extension, in the order of the names.
 
-    Hidden files and directories are skipped. Links are followed, but into each directory once and never upwards, so
-    that loops end.
+    Other files are counted in a :class:`CorpusWarning`. Hidden files and directories are skipped. Links are followed, but into
+    each directory once and never upwards, so that loops end.
 
     Args:
         source: the directory.
@@ -126,18 +131,26 @@ def folder(source: Path, split_by: str = "none") -> list[Clip]:
     """
     _choice("split_by", split_by, ("none", "folder"))
     _check_directory(source, "a directory of audio files")
-    clips, others = [], 0
+    clips, others = [], Counter()
     for relative in _walk(source):
-        if os.path.splitext(relative)[1].lower() not in EXTENSIONS:
-            others += 1
+        extension = os.path.splitext(relative)[1].lower()
+        if extension not in EXTENSIONS:
+            others[_short(printable(extension)) or "no extension"] += 1
             continue
         top, _, below = relative.replace(os.sep, "/").partition("/")
         group = printable(top) if split_by == "folder" and below else None
         clips.append(Clip(file=os.path.join(source, relative), name=_name(relative), group=group))
     if not clips:
         raise CorpusError(
-            f"no audio in {printable(source)}: {others} other files found, expected names that end in " + " ".join(EXTENSIONS)
+            f"no audio in {printable(source)}: {others.total()} other files found, expected names that end in "
+            + " ".join(EXTENSIONS)
         )
+    if others:
+        kinds = sorted(others.items(), key=lambda kind: (-kind[1], kind[0]))
+        listed = ", ".join(f"{kind} {count}" for kind, count in kinds[:8])
+        listed += f", {len(kinds) - 8} other kinds" if len(kinds) > 8 else ""
+        count = others.total()
+        _warn(f"{printable(source)}: {count} other file{'s' if count > 1 else ''} ignored: {listed}")
     clips.sort(key=lambda clip: (clip.name, clip.file))
     return _checked(source, clips, [clip.name for clip in clips])
 

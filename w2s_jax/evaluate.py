@@ -13,6 +13,7 @@ import numpy as np
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint, metrics
 from w2s_jax.artifacts import MismatchError, UsageError, write_atomic, write_json
 from w2s_jax.bank import Bank
+from w2s_jax.devices import computing
 from w2s_jax.labels import Labels
 from w2s_jax.render import render_on_host
 from w2s_jax.runtime import Predictor
@@ -31,6 +32,7 @@ FEW_CLIPS = 30
 SHORTEST = 800
 
 
+@computing()
 def predict_views(
     infer: Callable[[np.ndarray], np.ndarray], bank: Bank, views: Views, rows: np.ndarray, devices: int = 1
 ) -> np.ndarray:
@@ -82,6 +84,7 @@ def load(path: str | os.PathLike) -> tuple[Callable[[np.ndarray], np.ndarray], t
     return jax.jit(partial(student.apply, variables)), tuple(config["dimensions"]), config["teacher"]
 
 
+@computing()
 def evaluate(
     path: str | os.PathLike,
     bank: Bank,
@@ -166,6 +169,7 @@ def evaluate(
     return report
 
 
+@computing()
 def evaluate_teacher(
     teacher: Callable[[np.ndarray], np.ndarray],
     bank: Bank,

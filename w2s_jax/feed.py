@@ -6,7 +6,10 @@ groups, so it needs only its own part of the bank, and a batch is the same whate
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -239,13 +242,30 @@ class HostFeed:
         if self._workers:
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
             dataset = dataset.mp_prefetch(options)
-        return iter(dataset)
+        batches = iter(dataset)
+        with _without_script() if self._workers else contextlib.nullcontext():
+            yield from itertools.islice(batches, 1)  # starts the processes
+        yield from batches
 
     @staticmethod
     def hear(data: tuple, heard: tuple, samples: int) -> tuple[Array, Array]:
         """One device's part of a batch: the arguments of ``mix`` and targets [b, D] → waveforms [b, samples], targets."""
         *arguments, targets = heard
         return mix(*arguments), targets
+
+
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """Processes that are started in it do not run the user's script again: they need nothing of it, and without a guard
+    (``if __name__ == "__main__"``) it would start a training in each of them."""
+    main = sys.modules["__main__"].__dict__
+    hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main.update(__spec__=None)
+    main.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.update(hidden)
 
 
 def _read(bank, views, training, targets, groups, devices, batches, step) -> tuple[int, np.ndarray, tuple]:

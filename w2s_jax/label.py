@@ -18,6 +18,7 @@ import numpy as np
 from w2s_jax import __version__, labels
 from w2s_jax.artifacts import MismatchError, Shares, W2SError, read_json, write_json
 from w2s_jax.bank import Bank
+from w2s_jax.devices import computing
 from w2s_jax.render import render_on_host
 from w2s_jax.teachers import Teacher, hear, provenance
 from w2s_jax.views import RENDERING, Views
@@ -26,6 +27,7 @@ from w2s_jax.views import RENDERING, Views
 _AHEAD = 2
 
 
+@computing()
 def label(
     bank: Bank,
     views: Views,

@@ -7,8 +7,10 @@ import functools
 import json
 import os
 import re
+import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from w2s_jax import models
-from w2s_jax.artifacts import UsageError, write_atomic
+from w2s_jax.artifacts import UsageError, W2SError, write_atomic
 
 #: Peak dense FLOP/s of one JAX device: what ``device_kind`` matches, float32 as XLA computes it by default, bfloat16 (None: no
 #: unit for it). By default XLA multiplies float32 in TF32 on NVIDIA's Ampere and later, in one bfloat16 pass on TPUs
@@ -62,24 +64,34 @@ class Log:
         self._file = self._board = None
         if not active:
             return
-        from tensorboardX import SummaryWriter
-
-        path = Path(workdir) / "metrics.jsonl"
-        kept = "".join(json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= done)
-        write_atomic(path, lambda temporary: temporary.write_text(kept, encoding="utf-8"))
-        self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
-        board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=done + 1 if done else None)
-        self._board = self._open.enter_context(board)
+        self._path, self._events = Path(workdir) / "metrics.jsonl", Path(workdir) / "tensorboard"
+        lines, lost = _lines(self._path)
+        if lost:
+            warnings.warn(f"{self._path} is damaged: {lost} lines of it cannot be read and are left out", stacklevel=2)
+        kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= done)
+        write_atomic(self._path, lambda temporary: temporary.write_text(kept, encoding="utf-8"))
+        with _told(self._path):
+            # unbuffered: what could not be written would be written once more at the end
+            self._file = self._open.enter_context(self._path.open("ab", buffering=0))
+        with _told(self._events):
+            self._board = _Board(self._events, done)
+            self._open.callback(self._board.close)
 
     def write(self, kind: str, step: int, figures: dict[str, float]) -> None:
-        """Add a line; it is on its way to the disk when this returns."""
+        """Add a line; it is on its way to the disk when this returns.
+
+        Raises:
+            W2SError: the disk is full; names the file.
+        """
         if self._file is None:
             return
         line = {"step": step, "kind": kind, **{key: round(value, 6) for key, value in figures.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for key, value in figures.items():
-            self._board.add_scalar(f"{kind}/{key}", value, step)
+        left = (json.dumps(line) + "\n").encode()
+        with _told(self._path):
+            while left:
+                left = left[self._file.write(left) :]
+        with _told(self._events):
+            self._board.add({f"{kind}/{key}": value for key, value in figures.items()}, step)
 
     def __enter__(self) -> Log:
         return self
@@ -88,15 +100,61 @@ class Log:
         self._open.close()
 
 
-def _lines(path: Path) -> list[dict]:
-    """The lines of a log that are whole: objects with a step. A kill can leave half a line."""
-    found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**53:
-                found.append(line)
-    return found
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the system says against writing is told with the path."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise W2SError(
+            f"cannot write {path}: {error.strerror or error} ({free:.1f} MiB free); the last whole checkpoint is kept, and the "
+            "same command goes on from it"
+        ) from error
+
+
+class _Board:
+    """TensorBoard's events, in this thread: that of tensorboardX's own writer ends at an error, which nobody hears of."""
+
+    def __init__(self, directory: Path, done: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar = event_pb2.Event, scalar
+        self._writer = EventsWriter(str(directory / "events"))
+        if done:  # events of later steps, which a kill left, are hidden
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.write_event(event_pb2.Event(step=done + 1, file_version="brain.Event:2"))
+            self._writer.write_event(event_pb2.Event(step=done + 1, session_log=start))
+
+    def add(self, figures: dict[str, float], step: int) -> None:
+        for name, value in figures.items():
+            event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+            self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # all was flushed, or could not be, and that was told
+            self._writer.close()
+
+
+def _lines(path: Path) -> tuple[list[dict], int]:
+    """The lines of a log that are whole: objects with a step. And how many others there are, but for half a last one."""
+    found, lost = [], 0
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    parts = text.split("\n")
+    for number, part in enumerate(parts, start=1):
+        try:
+            line = json.loads(part)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**53:
+            found.append(line)
+        elif number < len(parts):  # the last can be what a kill left
+            lost += 1
+    return found, lost
 
 
 def flops(student: nn.Module, samples: int) -> int:
@@ -227,7 +285,7 @@ def plot(workdir: str | os.PathLike) -> Path:
     from matplotlib.figure import Figure
 
     path = Path(workdir) / "metrics.jsonl"
-    lines = _lines(path)
+    lines, _ = _lines(path)
     if not lines:
         raise UsageError(f"nothing to draw in {workdir}: it has no metrics.jsonl, or no whole line is in it")
     train = [line for line in lines if line.get("kind") == "train"]

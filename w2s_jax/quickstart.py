@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from w2s_jax.artifacts import MismatchError, read_json, write_atomic
 from w2s_jax.bank import Bank
 from w2s_jax.bank import build as build_bank
 from w2s_jax.evaluate import evaluate
+from w2s_jax.install import program
 from w2s_jax.runtime import Predictor
 
 #: What the student hears and how long it learns; about three minutes on two cores, found by trial.
@@ -77,38 +79,37 @@ def run(workdir: Path, out: Console | None = None, shown: Callable | None = None
         check=bank.excerpts("validation", 128, 5.0),
     )
     out.print("7/7 predict a held-out voice", style="bold")
-    milliseconds = {}
-    for kind in ("fp32", "int8"):
-        predictor = Predictor(workdir / "model", kind=kind)
-        milliseconds[kind] = _median_milliseconds(predictor)
+    kinds = exported["kinds"]
+    milliseconds = {kind: _median_milliseconds(Predictor(workdir / "model", kind=kind)) for kind in kinds}
     picture = workdir / "prediction.png"
     wave, name = _held_out(bank)
     _draw(picture, wave, name, Predictor(workdir / "model"), teacher)
 
-    int8 = exported["kinds"]["int8"]["ccc"]
+    int8 = kinds["int8"]["ccc"] if "int8" in kinds else None
     table = Table(title="Wav2Small and its teacher on held-out voices", title_justify="left")
-    for column in ("dimension", "CCC", "95 % interval", "int8 against fp32"):
+    for column in ("dimension", "CCC", "95 % interval", *(["int8 against fp32"] if int8 else [])):
         table.add_column(column, justify="left" if column == "dimension" else "right")
     for dimension in known.dimensions:
         score = scores[dimension]
-        table.add_row(dimension, f"{score['ccc']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}", f"{int8[dimension]:.4f}")
-    table.add_row("mean", f"{scores['mean']:.3f}", "", f"{np.mean(list(int8.values())):.4f}")
+        cells = [dimension, f"{score['ccc']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}"]
+        table.add_row(*cells, *([f"{int8[dimension]:.4f}"] if int8 else []))
+    table.add_row("mean", f"{scores['mean']:.3f}", "", *([f"{np.mean(list(int8.values())):.4f}"] if int8 else []))
     out.print(table)
-    files, seconds = exported["files"], time.perf_counter() - began
-    for kind, file in (("fp32", "model.onnx"), ("int8", "model.int8.onnx")):
-        out.print(
-            f"{workdir / 'model' / file}: {files[file] / 1000:.0f} kB, {milliseconds[kind]:.1f} ms for 5 s of audio, 1 thread"
-        )
+    seconds = time.perf_counter() - began
+    for kind, row in kinds.items():
+        file = workdir / "model" / row["file"]
+        out.print(f"{file}: {row['bytes'] / 1000:.0f} kB, {milliseconds[kind]:.1f} ms for 5 s of audio, 1 thread")
+    for kind, why in exported["failed"].items():
+        out.print(f"Without {kind}: {why}", style="bold", markup=False, highlight=False)
     out.print(f"A/D/V over time, student and teacher: {picture}")
     out.print(f"All of it took {seconds / 60:.1f} minutes. The values imitate a rule; for emotion, give it a real teacher.")
-    out.print("\nNext:", style="bold")
-    out.print(f"  w2s predict {workdir / 'model'} YOUR.wav --window 2 --hop 0.5")
-    out.print("  w2s bank build YOUR_FOLDER --out bank        (then views draw, label, train, eval, export: see the README)")
+    _next(out, workdir / "model", corpus.parent / bank.clips["name"][np.flatnonzero(bank.clips["split"] == "test")[0]])
     return {
         "mean_ccc": scores["mean"],
         "ccc": {name: scores[name]["ccc"] for name in known.dimensions},
         "int8_ccc": int8,
-        "bytes": {name: files[name] for name in ("model.onnx", "model.int8.onnx")},
+        "failed": exported["failed"],
+        "bytes": {row["file"]: row["bytes"] for row in kinds.values()},
         "milliseconds_for_5_s": {kind: round(value, 2) for kind, value in milliseconds.items()},
         "clips_per_second": trained["clips_per_second"],
         "picture": str(picture),
@@ -132,6 +133,18 @@ def _steps(workdir: Path, asked: int | None, out: Console) -> int:
     if there != STEPS:
         out.print(f"{kept} holds a run of {there} steps, which is kept; for the usual {STEPS} delete {kept} and run this again")
     return there
+
+
+def _next(out: Console, model: Path, audio: Path) -> None:
+    """Print commands that work when they are typed as they are."""
+    w2s, model, audio = program("w2s"), shlex.quote(str(model)), shlex.quote(str(audio))
+    out.print("\nNext:", style="bold")
+    for command in (
+        f"{w2s} predict {model} {audio} --window 2 --hop 0.5",
+        f"{w2s} predict {model} YOUR.wav --window 2 --hop 0.5",
+        f"{w2s} bank build YOUR_FOLDER --out bank        (then views draw, label, train, eval, export: see the README)",
+    ):
+        out.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _median_milliseconds(predictor: Predictor, runs: int = 15) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from w2s_jax.bank import Bank
+from w2s_jax.devices import computing
 from w2s_jax.views import Views
 
 #: Samples in a row of the device's copy of a bank. A sample is addressed by (row, column), both int32, because JAX has no
@@ -150,6 +151,7 @@ def pieces(bank: Bank, views: Views, rows: np.ndarray) -> tuple[np.ndarray, np.n
 _mix = jax.jit(mix)
 
 
+@computing()
 def render_on_host(bank: Bank, views: Views, rows: np.ndarray) -> np.ndarray:
     """Views of one length as waveforms, float32 [len(rows), T], without a copy of the bank on the device.
 

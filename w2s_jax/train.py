@@ -7,16 +7,21 @@ processes, on many machines, run the driver together.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import absl.logging
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,13 +34,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from w2s_jax import __version__, checkpoint, convert, metrics, models, observe
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError, locked, read_json, write_json
+from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint, locked, read_json, write_json
 from w2s_jax.bank import Bank
+from w2s_jax.devices import computing
 from w2s_jax.evaluate import predict_views
 from w2s_jax.feed import Batches, DeviceFeed, HostFeed, divide, plan, stack
 from w2s_jax.labels import Labels
 from w2s_jax.losses import distillation_loss
-from w2s_jax.models import native
+from w2s_jax.models import forms, native
 from w2s_jax.parallel import PARALLEL, first, gathered, lay_out, meet, together
 from w2s_jax.views import Views
 
@@ -50,6 +56,14 @@ PROFILED = 5
 CALIBRATION_VIEWS = 100
 
 
+#: Of what is computed from the same settings: raised by every change to this package that gives a run other numbers. A run goes
+#: on only with the version that it was begun with.
+NUMERICS = 1
+#: Of a run's config.json.
+VERSION = 1
+
+#: Settings that a run may go on with changed: how long it is, and how often it is looked at.
+_LENGTH = ("steps", "eval_every", "log_every")
 #: Settings that say where and how a run is computed, not what it computes; a run may go on with others. Weights to start from
 #: are known by their content, wherever they lie.
 _FREE = {"pretrained", "parallel", "bank_placement", "bank_gib", "workers", "scan_steps"}
@@ -205,6 +219,7 @@ def cropped(step: Callable, share: float, seed: int) -> Callable:
     return step_on_a_part
 
 
+@computing()
 def train(
     config: ConfigDict,
     bank: Bank,
@@ -218,6 +233,11 @@ def train(
 ) -> dict:
     """Train a student on all devices of all processes. Run again after a kill, it goes on from the last checkpoint and ends bit
     for bit where an unbroken run ends on the same devices.
+
+    A run, finished or not, can be made longer or shorter: with another ``config.steps`` (or ``eval_every``, ``log_every``) and
+    all else as before it goes on from its last checkpoint, on the learning rates that the schedule over the new number of steps
+    has from there on. That is not the run that would have been that long from the beginning, whose earlier steps had other
+    rates. The best student of all steps is kept.
 
     Args:
         config: as ``w2s_jax.config.default``.
@@ -234,10 +254,14 @@ def train(
     Raises:
         UsageError: settings, devices and views that do not go together.
         MismatchError: bank, views and labels, a run that is already there, or the weights to start from, do not belong
-            together.
+            together; or the run was begun by a version of this package that computes something else (``NUMERICS``).
         Interrupted: SIGINT or SIGTERM came, to this process or another; a checkpoint of the last step is written.
-        W2SError: the loss is not finite; names the step and its views. The last good checkpoint is kept. Or another process
-            is gone.
+        W2SError: the loss is not finite; names the step and its views. Or the disk is full: names the file. The last good
+            checkpoint is kept. Or another process is gone, or every checkpoint is damaged.
+
+    Warns:
+        UserWarning: a checkpoint is damaged, and the run goes on from the one before; or it was begun with another kernel,
+            platform or JAX, which round differently.
     """
     views.check(bank)
     workdir = Path(workdir)
@@ -314,27 +338,78 @@ class _Run:
         return convert.start(self.config.student, self.student, self.labels.dimensions, given)
 
     def claim(self) -> None:
-        """Refuse a directory that holds another run; note this one's configuration."""
+        """Refuse a directory that holds another run."""
         config = {key: value for key, value in json.loads(self.config.to_json()).items() if key not in _FREE}
         config["data_shards"] = self.layout.shards
-        about = {
+        self.about = {
+            "format": "w2s-run",
+            "version": VERSION,
             "config": config,
             "pretrained": self.pretrained,
             "bank": self.bank.fingerprint,
             "views": self.views.fingerprint,
             "teacher": self.labels.about["teacher"],
+            "numerics": NUMERICS,
+            "computed": {"kernel": self.kernel(), "platform": jax.default_backend(), "jax": jax.__version__},
             "w2s_jax": __version__,
         }
+        #: What ``config.steps`` was when this run was last worked on.
+        self.steps_before = config["steps"]
         path = self.workdir / "config.json"
-        if path.exists():
-            before, now = _flat(read_json(path, "run")), _flat(about)
-            differing = [f"{k}: {before.get(k)} there, {now.get(k)} now" for k in before | now if before.get(k) != now.get(k)]
-            if differing:
-                raise MismatchError(
-                    f"{self.workdir} holds another run ({'; '.join(differing)}); choose another --workdir, or delete it"
-                )
+        if not path.exists():
+            return
+        before = read_json(path, "run")
+        version = before.get("version", 1)
+        if version != VERSION:
+            raise UsageError(f"{path} has version {version}, expected {VERSION}; another version of w2s_jax made this run")
+        there, now = _flat(before), _flat(self.about)
+        there.setdefault("numerics", 1)  # runs of 0.1 do not say
+        differing = [key for key in there | now if there.get(key) != now.get(key)]
+        computed = [key for key in differing if key.startswith("computed.") and key in there]
+        free = {"format", "version", "w2s_jax", *(f"config.{name}" for name in _LENGTH)}
+        differing = [key for key in differing if key not in free and not key.startswith("computed.")]
+
+        def shown(keys: list[str]) -> str:
+            return "; ".join(f"{key.removeprefix('computed.')}: {there.get(key)} there, {now.get(key)} now" for key in keys)
+
+        if differing:
+            made = f", made by w2s_jax {there.get('w2s_jax')}," if "numerics" in differing else ""
+            raise MismatchError(
+                f"{self.workdir} holds another run{made} ({shown(differing)}); choose another --workdir, or delete it"
+            )
+        if computed and self.first:
+            warnings.warn(
+                f"{self.workdir} was computed in another way so far ({shown(computed)}); it goes on, but will not end bit for "
+                "bit where an unbroken run ends",
+                stacklevel=2,
+            )
+        steps = there.get("config.steps")
+        self.steps_before = steps if isinstance(steps, int) else config["steps"]
+
+    def kernel(self) -> str:
+        """What computes the student's convolutions in training."""
+        form, dtype = getattr(self.in_training, "form", None), jnp.dtype(self.config.dtype)
+        if form is None:
+            return "xla"
+        shape = (getattr(self.in_training, "kernel", 3), getattr(self.in_training, "stride", 1))
+        return "native" if forms.trains_natively(form, *shape, dtype, self.parallel.axis_name) else forms.chosen(form)
+
+    def note(self, done: int) -> None:
+        """Write the run's config.json; tell of a run whose length is another than before.
+
+        Raises:
+            UsageError: more steps are done than there shall be.
+        """
+        steps = self.config.steps
+        if done > steps:
+            raise UsageError(f"{self.workdir} has {done} steps behind it, more than steps={steps}; set steps to more than that")
         if self.first:
-            write_json(path, about)
+            write_json(self.workdir / "config.json", self.about)
+        if self.say and steps != self.steps_before:
+            self.say(
+                f"the run was to have {self.steps_before} steps and now has {steps}: it goes on from step {done} with the "
+                f"schedule over {steps} steps, where the learning rate is {float(self.schedule(done)):.3g} now"
+            )
 
     def initial(self) -> State:
         heard = int(self.config.crop * min(self.batches.lengths))
@@ -358,15 +433,13 @@ class _Run:
         self.batches = Batches(samples, config.batch_size, config.steps, config.seed, groups, self.layout.shards)
         state = self.initial()
         best = {"step": 0, "ccc": None}
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
-        with ocp.CheckpointManager((self.workdir / "checkpoints").resolve(), options=options) as checkpoints:
-            if checkpoints.latest_step() is not None:
-                items = {name: ocp.args.StandardRestore(tree) for name, tree in self.kept(state).items()}
-                args = ocp.args.Composite(**items, best=ocp.args.JsonRestore())
-                saved = checkpoints.restore(checkpoints.latest_step(), args=args)
-                state, best = saved["state"], saved["best"]
-                self.frontend = saved.get("frontend", self.frontend)
+        with Checkpoints(self.workdir / "checkpoints") as checkpoints:
+            saved = checkpoints.restore(self.kept(state))
+            if saved:
+                trees, best = saved
+                state, self.frontend = trees["state"], trees.get("frontend", self.frontend)
             done = self.begun = int(state.step)
+            self.note(done)
             dispatch = self.dispatcher(groups)
             state = self.parallel.everywhere(state)
             peak = observe.peak_flops(jax.local_devices()[0], config.dtype)
@@ -386,10 +459,10 @@ class _Run:
                         waiting, paused = None, time.perf_counter()
                         if evaluated:
                             best = self.evaluate(state, done, best)
-                        self.save(checkpoints, state, done, best)
+                        checkpoints.save(done, self.kept(jax.device_get(state)), best)
                         self.began += time.perf_counter() - paused
                     if self.stopped:
-                        checkpoints.wait_until_finished()
+                        checkpoints.wait()
                         meet("stopped")  # or a launcher that ends the rest when one ends would cut the checkpoint off
                         raise Interrupted(self.stopped, done, self.workdir)
             seconds = time.perf_counter() - self.began if self.began else 0.0
@@ -572,12 +645,131 @@ class _Run:
         """The arrays of a checkpoint: a front end that was taken over need not be, bit for bit, what ``init`` computes."""
         return {"state": state, "frontend": self.frontend} if self.pretrained else {"state": state}
 
-    def save(self, checkpoints: ocp.CheckpointManager, state: State, step: int, best: dict) -> None:
-        """Begin to write a checkpoint: plain arrays that go back to whatever devices there are then."""
-        if checkpoints.latest_step() == step:
-            return
-        items = {name: ocp.args.StandardSave(tree) for name, tree in self.kept(jax.device_get(state)).items()}
-        checkpoints.save(step, args=ocp.args.Composite(**items, best=ocp.args.JsonSave(best)))
+
+class Checkpoints:
+    """The last two checkpoints of a run: plain arrays that go back to whatever devices there are then, and their checksum.
+
+    They are written in the background; what goes wrong there is raised by the next call, and at the end.
+
+    Args:
+        directory: of the run's checkpoints; made when missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._bytes = directory.resolve(), 0
+
+    def __enter__(self) -> Checkpoints:
+        # what its threads log is raised as well
+        self._verbosity = absl.logging.get_verbosity()
+        absl.logging.set_verbosity(absl.logging.FATAL)
+        _without_echoes()
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+        with self._written():
+            if first():
+                for left in self._directory.glob("*.orbax-checkpoint-tmp*"):  # by a kill, or a full disk
+                    shutil.rmtree(left, ignore_errors=True)
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            with self._written():
+                self._manager.close()
+        except W2SError:
+            if kind is None:
+                raise
+        finally:
+            absl.logging.set_verbosity(self._verbosity)
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Whatever goes wrong in it is told as one error that names the place."""
+        try:
+            yield
+        except Exception as error:  # orbax's and tensorstore's own kinds
+            # tensorstore's have the system's reason in a long text
+            known = (os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS))
+            reason = next((reason for reason in known if reason in str(error)), str(error).strip().split("\n")[0][:200])
+            free = shutil.disk_usage(self._directory).free if self._directory.is_dir() else 0
+            raise W2SError(
+                f"cannot write a checkpoint into {self._directory}: {reason} ({_size(self._bytes)} to write, {_size(free)} "
+                "free); the last whole one is kept, and the same command goes on from it"
+            ) from error
+
+    def save(self, step: int, trees: dict, best: dict) -> None:
+        """Begin to write a checkpoint, unless there is one of this step: trees of numpy arrays, and what JSON can hold."""
+        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        with self._written():
+            if self._manager.latest_step() == step:
+                return
+            items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+            noted = {**best, "checksum": checksum(trees, best)}
+            self._manager.save(step, args=ocp.args.Composite(**items, best=ocp.args.JsonSave(noted)))
+
+    def wait(self) -> None:
+        """Until the last checkpoint is whole."""
+        with self._written():
+            self._manager.wait_until_finished()
+
+    def restore(self, trees: dict) -> tuple[dict, dict] | None:
+        """The last checkpoint that is whole: trees like the given ones, and ``best``. None where there is none yet.
+
+        Later ones are damaged; they are named and deleted, as the run makes them again.
+
+        Raises:
+            W2SError: there are checkpoints, and all of them are damaged.
+        """
+        damaged = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+                saved = self._manager.restore(step, args=ocp.args.Composite(**items, best=ocp.args.JsonRestore()))
+                found, best = {name: saved[name] for name in trees}, dict(saved["best"])
+                known = best.pop("checksum", None)  # checkpoints of 0.1 have none
+                if known not in (None, checksum(found, best)) or set(best) != {"step", "ccc"}:
+                    raise W2SError("its content is not what was saved")
+            except Exception as error:  # whatever a decoder makes of damaged bytes
+                damaged[step] = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+                continue
+            for later, reason in damaged.items():
+                if first():
+                    warnings.warn(
+                        f"{self._directory / str(later)} is damaged ({reason}); going on from step {step}, the one before",
+                        stacklevel=2,
+                    )
+                self._manager.delete(later)
+            return found, best
+        if damaged:
+            step, reason = next(iter(damaged.items()))
+            raise W2SError(
+                f"every checkpoint in {self._directory} is damaged ({step}: {reason}); delete that directory to train from the "
+                "beginning"
+            )
+        return None
+
+
+def checksum(trees: dict, best: dict) -> str:
+    """Of the arrays of a checkpoint, in their order, and of what is noted with them."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(trees)]
+    return fingerprint(best, [[str(leaf.dtype), leaf.shape] for leaf in leaves], *(leaf.tobytes() for leaf in leaves))
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
+@functools.cache
+def _without_echoes() -> None:
+    """When one array cannot be written, tensorstore's threads tell of all others to an event loop that is closed meanwhile, and
+    Python prints a traceback for each; those, which no code of Python has begun, are not shown."""
+    shown = sys.unraisablehook
+
+    def show(raised) -> None:
+        begun = raised.exc_traceback and raised.exc_traceback.tb_frame.f_code.co_name
+        if not (begun == "call_soon_threadsafe" and str(raised.exc_value) == "Event loop is closed"):
+            shown(raised)
+
+    sys.unraisablehook = show
 
 
 def calibration(raw: np.ndarray, known: np.ndarray, deviation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

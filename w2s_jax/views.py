@@ -138,7 +138,10 @@ def read(path: str | os.PathLike) -> Views:
     except Exception as error:  # damaged bytes make pyarrow raise almost anything
         raise W2SError(f"{path} is damaged ({type(error).__name__}: {error}); draw the views again") from error
     if views.fingerprint != stored:
-        raise W2SError(f"{path} was changed after it was written (fingerprint {views.fingerprint}, expected {stored})")
+        raise W2SError(
+            f"{path} is damaged or was changed after it was written (fingerprint {views.fingerprint}, expected {stored}); "
+            "draw the views again"
+        )
     return views
 
 

@@ -46,7 +46,7 @@ def quantize_direct(
     waves: Sequence[np.ndarray],
     progress: Callable[[str], object] | None = None,
     coverages: Sequence[float] = COVERAGE,
-    largest: int = 127,
+    largest: int = 63,
     four_bits: bool = False,
 ) -> tuple:
     """``integer`` with the ranges that suit real audio best.
@@ -70,7 +70,7 @@ def quantize_direct(
     )  # fmt: skip
 
 
-def integer(student, variables: dict, ends: Sequence[float], largest: int = 127, moments: np.ndarray | None = None):
+def integer(student, variables: dict, ends: Sequence[float], largest: int = 63, moments: np.ndarray | None = None):
     """A Wav2Small in eight bits, for onnxruntime.
 
     From the log-mel image to the tokens everything is an eight-bit number. Normalisation, spectrum, mel power, logarithm, the
@@ -81,8 +81,8 @@ def integer(student, variables: dict, ends: Sequence[float], largest: int = 127,
     Args:
         student, variables: of the Wav2Small family.
         ends: where the ranges of the logarithm and of each ReLU end.
-        largest: of the weights' whole numbers. 63 is for CPUs that add two products in 16 bits (x86 without VNNI): two times
-            255 · 127 overflows there, two times 255 · 63 does not.
+        largest: of the weights' whole numbers. 63 is right everywhere; where two products are added in 16 bits (x86 without
+            VNNI), two times 255 · 127 overflows.
         moments: second moments of the tokens [channel · mel, channel · mel]. With them the layers of the attention pooling are
             stored in four bits, rounded so that they err least on such tokens.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from w2s_jax.artifacts import UsageError, W2SError, missing_extra
+from w2s_jax.install import pip_install
 from w2s_jax.runtime.predictor import open_session
 
 #: Names of the only input and output.
@@ -37,7 +38,7 @@ def require_tools() -> None:
     if version >= (0, 7):
         raise UsageError(
             f"jax {jax.__version__} cannot export: jax2tf's graph mode, the only form that tf2onnx reads, ended with jax 0.6; "
-            "make an environment with pip install 'w2s-jax[export]' and export there: a student directory "
+            f"make another environment with {pip_install('export', here=False)} and export there: a student directory "
             "(model.safetensors, config.json) is plain arrays and can be carried over"
         )
     with quiet():

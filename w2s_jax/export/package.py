@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from w2s_jax import DIMENSIONS, SAMPLING_RATE, __version__, checkpoint, models
+from w2s_jax import DIMENSIONS, SAMPLING_RATE, __version__, checkpoint, machine, models
 from w2s_jax.artifacts import FILES, UsageError, W2SError, write_atomic
+from w2s_jax.devices import computing
 from w2s_jax.export import direct, litert
 from w2s_jax.export import onnx as graph
 from w2s_jax.export.compact import compact
 from w2s_jax.export.deploy import BLOCK, deploy, in_chunks
 from w2s_jax.export.quantize import COVERAGE, quantize
 from w2s_jax.metrics import ccc
+from w2s_jax.names import line, markdown
 from w2s_jax.runtime import Predictor
 from w2s_jax.runtime.predictor import first_state
 
@@ -42,7 +46,7 @@ DEFAULT = ("fp32", "int8")
 #: Kinds that compute what the student computes; the others round, and are judged by their CCC with fp32 on real audio.
 EXACT = ("fp32", "litert", "chunked")
 #: Kinds whose numbers need ranges that are measured on real audio.
-RANGED = ("int8", "qdq", "int8-int4")
+RANGED = machine.INTEGER_KINDS
 #: Largest difference between an output of an exact kind and of the Flax module, as a share of the largest output if that is
 #: above 1: float32 has no more digits.
 PARITY_LIMIT = 1e-4
@@ -52,7 +56,7 @@ PARITY_LENGTHS = (127, 1021, 8191, 16_000, 31_991, 80_000, 960_000)
 LEAST_WAVES = 8
 #: Tokens of a piece of the kind "chunked": about 1 s of Wav2Small's.
 CHUNK = 256
-#: Largest whole number of a weight with so many bits.
+#: Largest whole number of a weight with so many bits. 7 are right on every processor, 8 on those of ``machine.EXACT_SUMS``.
 LARGEST = {7: 63, 8: 127}
 SOURCE = "arXiv 2408.13920"
 
@@ -60,6 +64,7 @@ SOURCE = "arXiv 2408.13920"
 _HUB_LICENCES = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "bsd-3-clause")
 
 
+@computing()
 def export_student(
     run_or_student_dir: str | Path,
     out: str | Path,
@@ -68,13 +73,14 @@ def export_student(
     progress: Callable[[str], object] | None = None,
     min_ccc: float = 0.99,
     kinds: Sequence[str] | None = None,
-    weight_bits: int = 8,
+    weight_bits: int = 7,
     measure: Callable[[Mapping[str, Path]], Mapping[str, dict]] | None = None,
 ) -> dict:
     """Write a model directory for a trained student.
 
     Everything is built and checked before ``out`` appears as a whole, or not at all. A model directory that is there already is
-    replaced; anything else is left alone.
+    replaced; anything else is left alone. A kind that fails, or that is not good enough, is left out with a warning, unless it
+    is "fp32", without which nothing is written.
 
     Args:
         run_or_student_dir: a run directory, or the student directory in it.
@@ -87,22 +93,27 @@ def export_student(
         min_ccc: the least CCC with fp32, in every dimension, of a kind that rounds.
         kinds: keys of ``artifacts.FILES``, or "all" that this student can have; "fp32" is always among them, as it is what the
             others are held against. Default: ``DEFAULT``, without "int8" if there is no calibration audio.
-        weight_bits: of the weights of "int8", "qdq" and "int8-int4" (the latter's convolutions), 7 or 8. On x86 CPUs without
-            VNNI 8-bit weights may overflow inside onnxruntime; 7-bit ones cannot.
+        weight_bits: of the weights of "int8", "qdq" and "int8-int4" (the latter's convolutions). 7 are right on every
+            processor. 8 are for ARM and x86 with VNNI, which files, card and report say: elsewhere their sums overflow, and
+            ``Predictor`` refuses them.
         measure: called with kind → file before the directory is written; what it returns of a kind is put into the report.
 
     Returns:
-        What export.json holds: ``files`` (bytes of each but export.json), ``parity`` (limit, max_difference, largest_output,
+        What export.json holds: ``files`` (bytes of each but export.json),
+        ``sha256`` (of the same), ``parity`` (limit, max_difference, largest_output,
         lengths, signals; of fp32 against Flax), ``kinds`` (kind → file, bytes, lengths that it was tried on; of exact kinds
         difference_from_flax on these; max_difference, views and ccc per dimension against fp32 on the check waves; how it was
-        calibrated or is to be cut; what ``measure`` found), ``skipped`` (kind → why), ``passes`` (by how much each graph pass
-        changed the outputs), ``versions``.
+        calibrated or is to be cut; what ``measure`` found), ``failed`` and ``skipped`` (kind → why it is not there),
+        ``passes`` (by how much each graph pass changed the outputs), ``versions``.
 
     Raises:
         UsageError: no student there, ``out`` holds something else, unfit waves, a kind that does not exist or that this student
-            cannot have, or an environment that cannot export.
-        W2SError: a kind is not good enough: an exact one differs from Flax by more than 1e-4 (of the largest output, if that is
-            above 1), or another one's CCC is below ``min_ccc``.
+            cannot have, 8-bit weights where their sums overflow, or an environment that cannot export.
+        W2SError: "fp32" differs from Flax by more than 1e-4 (of the largest output, if that is above 1).
+
+    Warns:
+        UserWarning: a kind is not written: an exact one differs from Flax as above, the CCC of another one is below
+            ``min_ccc``, or it could not be built.
     """
     graph.require_tools()
     say = progress or (lambda line: None)
@@ -117,34 +128,51 @@ def export_student(
     kinds, skipped = _chosen(kinds, student, bool(calibration))
     if weight_bits not in LARGEST:
         raise UsageError(f"weights have 7 or 8 bits, got {weight_bits}")
+    if weight_bits == 8 and set(kinds) & set(RANGED) and machine.saturates():
+        raise UsageError(
+            "8-bit weights cannot be judged here: their sums overflow on this processor (x86 without VNNI); leave out "
+            f"--weight-bits 8, for 7 bits are right everywhere, or export on {machine.EXACT_SUMS}"
+        )
 
-    facts, largest = _facts(student, config), LARGEST[weight_bits]
+    facts = _facts(student, config)
     say("fp32: converting")
     fp32, passes = fp32_graph(student, variables, _probes([*calibration, *check][:4], student.minimum_samples))
     refused = [name for name, change in passes.items() if change > graph.PASS_LIMIT]
     if refused:
         say(f"fp32: left out graph passes that would change the outputs: {', '.join(refused)}")
     cases = _cases(student, variables, [*check, *calibration])
-    report: dict = {"files": {}, "parity": {}, "kinds": {}, "skipped": skipped, "passes": passes, "versions": _versions()}
+    report: dict = {"files": {}, "parity": {}, "kinds": {}, "failed": {}, "skipped": skipped}
+    report |= {"passes": passes, "versions": _versions()}
     with tempfile.TemporaryDirectory() as place:
-        made = {kind: Path(place) / FILES[kind] for kind in kinds}
-        for kind, file in made.items():
-            content, how = build(kind, student, variables, fp32, facts, calibration, say, largest)
-            file.write_bytes(content)
-            row = {"file": file.name, "bytes": len(content), **how}
-            predictor = Predictor(file)
-            row["lengths"], parity = _tried(kind, predictor, cases)
-            if kind in EXACT:
-                row["difference_from_flax"] = parity["max_difference"]
-            outputs = _outputs(predictor, check)
+        made, reference = {}, None
+        for kind in kinds:
+            file = Path(place) / FILES[kind]
+            try:
+                content, how = build(kind, student, variables, fp32, facts, calibration, say, weight_bits)
+                file.write_bytes(content)
+                predictor = Predictor(file)
+                row = {"file": file.name, "bytes": len(content), **how}
+                row["lengths"], parity = _tried(kind, predictor, cases)
+                if kind in EXACT:
+                    row["difference_from_flax"] = parity["max_difference"]
+                outputs = _outputs(predictor, check)
+                if kind == "fp32":
+                    reference, report["parity"] = outputs, parity
+                elif check:  # without check audio there are exact kinds only
+                    row |= _compared(outputs, reference, config["dimensions"])
+                    _judge(kind, row, min_ccc)
+            except Exception as error:  # the converters of other houses raise whatever they like
+                if kind == "fp32":  # what the others are held against
+                    raise
+                report["failed"][kind] = why = _reason(error)
+                warnings.warn(f"{kind} is not written: {why}", stacklevel=2)
+                continue
             if kind == "fp32":
-                reference, report["parity"] = outputs, parity
                 seconds = max(row["lengths"]) / SAMPLING_RATE
                 say(f"fp32: differs from Flax by at most {parity['max_difference']:.1e}, up to {seconds:.0f} s")
-            elif check:  # without check audio there are exact kinds only
-                row |= _judged(kind, outputs, reference, config["dimensions"], min_ccc)
+            elif check:
                 say(f"{kind}: {len(content) / 1000:.1f} kB, CCC with fp32 at least {min(row['ccc'].values()):.5f}")
-            report["kinds"][kind] = row
+            made[kind], report["kinds"][kind] = file, row
         for kind, figures in (measure(made) if measure else {}).items():
             report["kinds"][kind] |= figures
         files = {file.name: file.read_bytes() for file in made.values()}
@@ -157,6 +185,7 @@ def export_student(
     report["files"] = {name: len(content) for name, content in files.items()}
     files["README.md"] = _card(out.name, facts, config, report).encode()
     report["files"]["README.md"] = len(files["README.md"])
+    report["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[REPORT] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
     write_atomic(out, functools.partial(_write, files))
     say(f"wrote {out}")
@@ -187,6 +216,7 @@ def _filled(student) -> str:
     return "all" if -student.channels % BLOCK <= student.channels / 4 else "none"
 
 
+@computing()
 def build(
     kind: str,
     student,
@@ -195,7 +225,7 @@ def build(
     facts: Mapping[str, str],
     calibration: Sequence[np.ndarray] = (),
     say: Callable[[str], object] = lambda line: None,
-    largest: int = 127,
+    weight_bits: int = 7,
     coverages: Sequence[float] = COVERAGE,
 ) -> tuple[bytes, dict]:
     """One kind of a student.
@@ -207,7 +237,7 @@ def build(
         facts: what the file says of itself besides its kind.
         calibration: float32 [T] each, for the kinds in ``RANGED``.
         say: called with a line of text now and then.
-        largest: whole number of an eight-bit kind's weights.
+        weight_bits: of the kinds in ``RANGED``.
         coverages: as ``quantize`` takes them.
 
     Returns:
@@ -228,15 +258,19 @@ def build(
         return _packed(model, {**facts, "chunk": json.dumps(cut)}), {"chunk": cut}
     if kind not in RANGED:
         return _packed(fp32, facts, {"fp16w": "fp16", "int8w": "int8"}.get(kind, "fp32")), {}
-    told = functools.partial(_told, say, kind)
+    told, largest = functools.partial(_told, say, kind), LARGEST[weight_bits]
+    how = {"calibration_waves": len(calibration), "weight_bits": weight_bits}
+    if weight_bits == 8:
+        how[machine.NEEDS] = facts[machine.NEEDS] = machine.EXACT_SUMS
+    facts["weight_bits"] = str(weight_bits)
     if kind != "qdq" and direct.fits(student):
         four = kind == "int8-int4"
-        model, how = direct.quantize_direct(student, variables, fp32, calibration, told, coverages, largest, four)
+        model, chosen = direct.quantize_direct(student, variables, fp32, calibration, told, coverages, largest, four)
     else:  # of other students int8 is the standard form too: onnxruntime makes its own operators of it when it loads the file
         if direct.fits(student) and _filled(student) != "all":  # eight-bit convolutions need whole blocks in any case
             fp32, _ = fp32_graph(student, variables, _probes(calibration[:2], student.minimum_samples), "all")
-        model, how = quantize(fp32, calibration, told, coverages, largest)
-    return _packed(model, facts), {"calibration_waves": len(calibration), "weight_bits": largest.bit_length() + 1, **how}
+        model, chosen = quantize(fp32, calibration, told, coverages, largest)
+    return _packed(model, facts), how | chosen
 
 
 def _chunked(student, variables: dict) -> tuple:
@@ -365,7 +399,7 @@ def _tried(kind: str, predictor: Predictor, cases: Sequence[tuple[str, np.ndarra
         if kind in EXACT and not difference <= PARITY_LIMIT:  # not a number is no parity either
             raise W2SError(
                 f"the {kind} model and the Flax student differ by {difference:.2g} on {len(wave)} samples of {name}; "
-                f"the limit is {PARITY_LIMIT:.0e}, nothing was written"
+                f"the limit is {PARITY_LIMIT:.0e}{', nothing was written' * (kind == 'fp32')}"
             )
         worst, largest = max(worst, difference), max(largest, float(scale))
     lengths = sorted({len(wave) for _, wave, _ in cases})
@@ -379,16 +413,30 @@ def _outputs(predictor: Predictor, waves: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([list(predictor(wave).values()) for wave in waves])
 
 
-def _judged(kind: str, outputs: np.ndarray, reference: np.ndarray, dimensions: Sequence[str], least: float) -> dict:
+def _compared(outputs: np.ndarray, reference: np.ndarray, dimensions: Sequence[str]) -> dict:
     """CCC and largest difference of a kind's outputs from fp32's, both [waves, dimensions]."""
     scores = {name: float(score) for name, score in zip(dimensions, ccc(outputs, reference), strict=True)}
-    worst = min(scores, key=scores.get)
-    if not scores[worst] >= least:
-        raise W2SError(
-            f"{kind} is too far from fp32: CCC {scores[worst]:.4f} in {worst} on {len(outputs)} waves, at least {least} "
-            "expected; nothing was written; give calibration audio of the kind that the student was trained on, or leave it out"
-        )
     return {"ccc": scores, "max_difference": float(np.abs(outputs - reference).max()), "views": len(outputs)}
+
+
+def _judge(kind: str, row: dict, least: float) -> None:
+    """Refuse a kind whose row in the report has a CCC below ``least``, with the options that may help."""
+    worst = min(row["ccc"], key=row["ccc"].get)
+    if not row["ccc"][worst] >= least:
+        ways = ["give --calibration audio of the kind that the student was trained on"]
+        if kind in RANGED:
+            ways.append("take --kind int8w, whose weights alone are rounded")
+        ways.append(f"or accept it with a lower --min-ccc than {least:g}")
+        raise W2SError(
+            f"too far from fp32: CCC {row['ccc'][worst]:.4f} in {worst} on {row['views']} waves, at least {least:g} expected; "
+            + ", ".join(ways)
+        )
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    said = " ".join(str(error).split())[:500]
+    return said if isinstance(error, W2SError) else f"{type(error).__name__}: {said}"
 
 
 def _facts(student, config: dict) -> dict[str, str]:
@@ -440,13 +488,23 @@ def _row(kind: str, row: dict) -> str:
         off = f"at most {row['difference_from_flax']:.1e} from the Flax student"
     else:
         off = f"at most {row['max_difference']:.2g} from fp32"
-    scores = ", ".join(f"{name} {score:.4f}" for name, score in row.get("ccc", {}).items())
+    scores = ", ".join(f"{markdown(name)} {score:.4f}" for name, score in row.get("ccc", {}).items())
     scores = f"{scores} ({row['views']} clips)" if scores else None
     time = f"{row['milliseconds']:.1f} ms for {row['seconds']:g} s" if "milliseconds" in row else None
     if "ratio" in row:
         time += f", {row['ratio']:.2f} of {row['against']}"
     memory = f"{row['peak_memory'] / 1e6:.1f} MB" if row.get("peak_memory") is not None else None
-    cells = kind, PURPOSES[kind], row["file"], f"{row['bytes'] / 1000:.0f} kB", off, scores, time, memory
+    cells = (
+        kind,
+        PURPOSES[kind],
+        row["file"],
+        f"{row['bytes'] / 1000:.0f} kB",
+        row.get(machine.NEEDS, "any"),
+        off,
+        scores,
+        time,
+        memory,
+    )
     return "| " + " | ".join(cell or "–" for cell in cells) + " |"
 
 
@@ -475,7 +533,7 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
         "tags": [*(["speech-emotion"] if emotion else []), "knowledge-distillation", "wav2small", "onnx", *dimensions],
     }
     if slug not in _HUB_LICENCES:
-        head["license_name"] = licence
+        head["license_name"] = line(licence)
     if "/" in teacher["name"]:  # a model of the hub has an owner
         head["base_model"] = teacher["name"]
     if validation := config.get("validation_ccc"):  # a run without validation views has none
@@ -490,8 +548,8 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
 
     warning, caution, started = "", "", ""
     if pretrained:
-        terms = f"its licence, whose terms this model inherits too: {pretrained['licence']}"
-        started = f"- Started from: {_started(pretrained)}; {terms}\n"
+        terms = f"its licence, whose terms this model inherits too: {markdown(pretrained['licence'])}"
+        started = f"- Started from: {markdown(_started(pretrained))}; {terms}\n"
     if emotion:
         caution = (
             "- The values describe how speech sounds to listeners on average. They are not a measure of what a person feels;\n"
@@ -502,31 +560,42 @@ def _card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
             "\n> **Stand-in teacher.** The labels behind this model only imitate a real teacher. It shows that the chain "
             "works; its values mean nothing else.\n"
         )
+    # strings that a teacher brings are shown as they are, whatever they would mean in Markdown, HTML or Python
+    names, shown = markdown(", ".join(dimensions)), {key: markdown(teacher[key]) for key in ("name", "fingerprint", "licence")}
+    outputs = ", ".join(f"{json.dumps(dimension, ensure_ascii=False)}: ..." for dimension in dimensions)
     table = "\n".join(_row(kind, row) for kind, row in report["kinds"].items())
+    needs = ""
+    if narrow := [kind for kind, row in report["kinds"].items() if machine.NEEDS in row]:
+        needs = (
+            f" The weights of {', '.join(narrow)} have 8 bits: they need {machine.EXACT_SUMS} (AMD from Zen 4, Intel from\n"
+            "Ice Lake and Cascade Lake on). On other x86 processors their sums overflow and the values are wrong; `Predictor`\n"
+            "refuses them there."
+        )
+    failed = "".join(f"\n\nNot here: {kind}, {why}." for kind, why in report["failed"].items())
     return f"""---
 {front}
 ---
 # {name}
 
-{config["student"]} ({int(facts["parameters"]):,} parameters, {SOURCE}): 16 kHz mono speech in, {", ".join(dimensions)} out.
+{config["student"]} ({int(facts["parameters"]):,} parameters, {SOURCE}): 16 kHz mono speech in, {names} out.
 {warning}
 ```python
 from w2s_jax.runtime import Predictor
 
 predictor = Predictor({json.dumps(name)})
-print(predictor(wave, 16000))  # {{{", ".join(f'"{dimension}": ...' for dimension in dimensions)}}}
+print(predictor(wave, 16000))  # {{{outputs}}}
 ```
 
 Input `signal`, float32 `[1, time]`, any length from {facts["minimum_samples"]} samples on; output `logits`,
 `[1, {len(dimensions)}]`, not clipped. The network normalises each recording, so its level does not matter.
 
-| kind | for | file | size | how far it is off | CCC against fp32 | time | peak memory |
-|---|---|---|---|---|---|---|---|
+| kind | for | file | size | right on | how far it is off | CCC against fp32 | time | peak memory |
+|---|---|---|---|---|---|---|---|---|
 {table}
 
-`Predictor({json.dumps(name)}, kind=...)` takes another kind than fp32.
+`Predictor({json.dumps(name)}, kind=...)` takes another kind than fp32.{needs}{failed}
 
-- Teacher: {teacher["name"]} (fingerprint {teacher["fingerprint"]}). The student learned its outputs, not human labels.
-- Licence of the teacher, whose terms this model inherits: {teacher["licence"]}
+- Teacher: {shown["name"]} (fingerprint {shown["fingerprint"]}). The student learned its outputs, not human labels.
+- Licence of the teacher, whose terms this model inherits: {shown["licence"]}
 {started}{caution}- Made with w2s_jax {__version__}; how it was checked is in {REPORT}. `audonnx.load` reads this directory too.
 """

@@ -26,9 +26,9 @@ def quantize(
     waves: Sequence[np.ndarray],
     progress: Callable[[str], object] | None = None,
     coverages: Sequence[float] = COVERAGE,
-    largest: int = 127,
+    largest: int = 63,
 ):
-    """Quantise the convolutions behind the front end: activations to 8 bit unsigned, weights to 8 bit signed per channel.
+    """Quantise the convolutions behind the front end: activations to 8 bit unsigned, weights to 7 or 8 bit signed per channel.
 
     What stays in float, because eight bits destroy it: power, mel and logarithm, the first convolution (its input spans
     100 dB), and the softmax over time with its weighted sum (weights near 1/frames would round to 0).
@@ -46,7 +46,7 @@ def quantize(
         waves: float32 [T] each, real audio of the kind that the model will hear; lengths may differ.
         progress: called with a line of text now and then.
         coverages: the candidates.
-        largest: whole number of a weight, 127 or 63 (see ``direct.integer``).
+        largest: whole number of a weight, 63 or 127 (see ``direct.integer``).
 
     Returns:
         The QDQ model, and a dict: ``coverage`` (the chosen one), ``candidates`` (coverage → worst CCC on ``waves``).

@@ -15,6 +15,7 @@ except ImportError as error:
 
 from w2s_jax import SAMPLING_RATE
 from w2s_jax.artifacts import UsageError
+from w2s_jax.devices import computing
 from w2s_jax.models.cnn14 import CNN14
 from w2s_jax.models.forms import RUNNING  # noqa: F401 (part of the API)
 from w2s_jax.models.frontend import PRESETS  # noqa: F401 (part of the API)
@@ -28,6 +29,7 @@ from w2s_jax.models.mobilenet import (
     convolution,
 )
 from w2s_jax.models.wav2small import Wav2Small, Wav2Small17K
+from w2s_jax.names import line
 
 #: Name → module class. ``build`` makes one; a new student is one more line here.
 STUDENTS: dict[str, type[nn.Module]] = {
@@ -42,6 +44,13 @@ STUDENTS: dict[str, type[nn.Module]] = {
 }
 
 
+#: Field → smallest and largest value; what is larger fills no network, only memory. The published ones are far inside.
+RANGES = {
+    "dimensions": (1, 1000), "channels": (1, 4096), "n_fft": (2, 4096), "hop": (1, 4096), "n_mels": (1, 1024),
+    "before": (1, 64), "after": (0, 64), "kernel": (1, 63), "stride": (1, 64), "width": (1 / 64, 16),
+}  # fmt: skip
+
+
 def build(name: str, **fields) -> nn.Module:
     """A student by name, its fields overridden by keyword.
 
@@ -53,21 +62,35 @@ def build(name: str, **fields) -> nn.Module:
         A linen module: ``student.apply(variables, wave)`` maps float32 [B, T] at 16 kHz to [B, dimensions].
 
     Raises:
-        UsageError: no such student, or no such field.
+        UsageError: no such student, no such field, or a value that the field cannot have.
 
     Example:
         >>> count(build("wav2small"))["trained"]
         67577
     """
-    if name not in STUDENTS:
-        raise UsageError(f"unknown student {name!r}; there are: {', '.join(STUDENTS)}")
+    if not isinstance(name, str) or name not in STUDENTS:
+        raise UsageError(f"unknown student {line(repr(name), 80)}; there are: {', '.join(STUDENTS)}")
     known = [field for field in STUDENTS[name].__dataclass_fields__ if field not in ("parent", "name")]
     unknown = sorted(set(fields) - set(known))
     if unknown:
-        raise UsageError(f"student {name} has no field {', '.join(unknown)}; its fields: {', '.join(known)}")
+        raise UsageError(f"student {name} has no field {line(', '.join(unknown), 80)}; its fields: {', '.join(known)}")
+    for field, value in fields.items():
+        _check_field(f"student {name}: {field}", STUDENTS[name].__dataclass_fields__[field].type, value, RANGES.get(field))
     return STUDENTS[name](**fields)
 
 
+def _check_field(what: str, kind: str, value: object, limits: tuple | None) -> None:
+    """Refuse a value that is not of a field's type, as its class writes it, or outside its limits."""
+    kinds = {"int": (int,), "float": (int, float), "str": (str,), "str | None": (str, type(None))}.get(kind, (object,))
+    least, most = limits or (-math.inf, math.inf)
+    if isinstance(value, kinds) and not isinstance(value, bool) and (limits is None or least <= value <= most):
+        return
+    expected = {"int": "a whole number", "float": "a number", "str": "a text"}.get(kind, kind)
+    bounds = f" of at least {least:g} and at most {most}" if limits else ""
+    raise UsageError(f"{what} is {line(repr(value), 40)}; expected {expected}{bounds}")
+
+
+@computing()
 def count(student: nn.Module) -> dict[str, int]:
     """Parameters of a student, ``trained`` and ``fixed`` (the front end), without computing anything."""
     shapes = jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE)))
@@ -75,6 +98,7 @@ def count(student: nn.Module) -> dict[str, int]:
     return {"trained": sizes["params"], "fixed": sizes["frontend"]}
 
 
+@computing()
 def macs(student: nn.Module, samples: int = 5 * SAMPLING_RATE) -> int:
     """Multiply-accumulates of one utterance in inference, counted from the traced network; nothing is computed.
 

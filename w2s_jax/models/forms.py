@@ -82,7 +82,7 @@ class FormedConvolution(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         form = chosen(self.form) if (self.kernel, self.stride) == (3, 1) else "direct"
         return {"blocks": in_blocks, "bands": in_bands}.get(form, direct)(x, kernel, self.stride)
 
@@ -101,8 +101,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         inputs = x.shape[-1]
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (1,) * self.axes + (inputs, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (1,) * self.axes + (inputs, self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         y = x.reshape(-1, inputs) @ kernel.reshape(inputs, self.features).astype(x.dtype)
         y = y.reshape(*x.shape[:-1], self.features).astype(jnp.float32)
         return y + bias if self.adds else y

@@ -43,9 +43,28 @@ def fourier_kernels(n_fft: int) -> tuple[np.ndarray, np.ndarray]:
 
 def mel_matrix(n_fft: int, n_mels: int, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
     """librosa's default (Slaney) mel filter bank from 0 Hz to half the sampling rate, float32 [n_fft // 2 + 1, n_mels]."""
-    import librosa
+    return _librosa_filters().mel(sr=sampling_rate, n_fft=n_fft, n_mels=n_mels).T.astype(np.float32)
 
-    return librosa.filters.mel(sr=sampling_rate, n_fft=n_fft, n_mels=n_mels).T.astype(np.float32)
+
+def _librosa_filters():
+    """``librosa.filters``, on a machine where nothing can be written too.
+
+    Numba keeps what it compiles beside librosa or below the home, and librosa cannot be imported where both are read-only.
+    Then numba must not compile, which the filter bank does not need.
+    """
+    import numba
+
+    try:
+        from librosa import filters
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        before, numba.config.DISABLE_JIT = numba.config.DISABLE_JIT, True
+        try:
+            from librosa import filters
+        finally:
+            numba.config.DISABLE_JIT = before
+    return filters
 
 
 class LogMel(nn.Module):

@@ -293,7 +293,7 @@ class Convolution(nn.Module):
         size, stride, inputs = self.kernel, self.stride, x.shape[-1]
         # He's by fan-out; each output of a depthwise convolution goes to kernel² places, which is its kernel's fan-in
         initial = nn.initializers.variance_scaling(2.0, "fan_in" if self.depthwise else "fan_out", "normal")
-        kernel = self.param("kernel", initial, (size, size, 1 if self.depthwise else inputs, self.channels))
+        kernel = self.param("kernel", initial, (size, size, 1 if self.depthwise else inputs, self.channels), jnp.float32)
         if size == stride == 1:
             return _dense(x, kernel[0, 0].astype(x.dtype))
         if jax.default_backend() == "cpu":

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import struct
 import threading
 import zipfile
 import zlib
@@ -25,6 +26,8 @@ MEMBER = "w2s_jax.json"
 CHECKSUM = "crc32"
 #: What every TensorFlow Lite network has behind its first 4 bytes.
 _IDENTIFIER = b"TFL3"
+#: Bytes of the facts; of a tensor of the network, before it is asked for an input of any length.
+_LARGEST_FACTS, _LARGEST_TENSOR = 1 << 20, 1 << 29
 
 
 #: An interpreter keeps the memory of its longest input (7 MB per second of audio for a Wav2Small); one that has heard this many
@@ -43,17 +46,22 @@ class Session:
 
     Raises:
         UsageError: no interpreter is installed; names the extra.
-        W2SError: the file is damaged, or no network of TensorFlow Lite.
+        W2SError: the file is damaged, no network of TensorFlow Lite, or refused: it has control flow or giant tensors.
     """
 
     def __init__(self, source: str | os.PathLike | bytes, threads: int = 1):
         name = "the model" if isinstance(source, bytes) else str(source)
         network, self._metadata = read(source if isinstance(source, bytes) else Path(source).read_bytes(), name)
+        _check_subgraphs(network, name)
         self._make = functools.partial(_interpreter(), model_content=network, num_threads=threads)
         try:
             self._interpreter = self._make()
             self._inputs = self._interpreter.get_input_details()
             self._outputs = self._interpreter.get_output_details()
+            for tensor in self._interpreter.get_tensor_details():
+                size = math.prod(int(length) for length in tensor["shape"]) * np.dtype(tensor["dtype"]).itemsize
+                if size > _LARGEST_TENSOR:
+                    raise W2SError(f"{name} is refused: a tensor of {size} bytes, at most {_LARGEST_TENSOR} are allowed")
         except (ValueError, RuntimeError) as error:
             raise W2SError(f"{name} is damaged: {' '.join(str(error).split())[:300]}") from error
         self._shape: tuple[int, ...] | None = None
@@ -117,7 +125,13 @@ def read(content: bytes, name: str = "the model") -> tuple[bytes, dict[str, str]
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             network = content[: min(entry.header_offset for entry in archive.infolist())]
-            facts = json.loads(archive.read(MEMBER)) if MEMBER in archive.namelist() else {}
+            facts = {}
+            if MEMBER in archive.namelist():
+                with archive.open(MEMBER) as file:  # never read whole: a zip archive may hold a thousand times its size
+                    text = file.read(_LARGEST_FACTS + 1)
+                if len(text) > _LARGEST_FACTS:
+                    raise ValueError(f"more than {_LARGEST_FACTS} bytes")
+                facts = json.loads(text)
     except Exception as error:  # zipfile's and zlib's exception classes share no base and depend on the fault
         if MEMBER.encode() in content:
             raise W2SError(f"{name} is damaged: its description cannot be read ({' '.join(str(error).split())})") from error
@@ -127,6 +141,25 @@ def read(content: bytes, name: str = "the model") -> tuple[bytes, dict[str, str]
     if CHECKSUM in facts and facts[CHECKSUM] != checksum(network):
         raise W2SError(f"{name} is damaged: its checksum is {checksum(network)}, expected {facts[CHECKSUM]}")
     return network, facts
+
+
+def _check_subgraphs(network: bytes, name: str) -> None:
+    """Refuse loops and branches, which TensorFlow Lite keeps in subgraphs of their own.
+
+    The layout is that of FlatBuffers: a table begins with the distance to its list of fields; ``subgraphs`` is the third.
+    """
+    try:
+        (root,) = struct.unpack_from("<I", network, 0)
+        fields = root - struct.unpack_from("<i", network, root)[0]
+        (place,) = struct.unpack_from("<H", network, fields + 8) if fields >= 0 else (0,)
+        vector = root + place + struct.unpack_from("<I", network, root + place)[0]
+        (subgraphs,) = struct.unpack_from("<I", network, vector)
+    except struct.error as error:
+        raise W2SError(f"{name} is damaged: {error}") from error
+    if not place:
+        raise W2SError(f"{name} is damaged: it has no graph")
+    if subgraphs != 1:
+        raise W2SError(f"{name} is refused: expected one graph, without loops and branches, got {subgraphs}")
 
 
 def checksum(network: bytes) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from w2s_jax import SAMPLING_RATE
-from w2s_jax.artifacts import FILES, MismatchError, UsageError, W2SError
+from w2s_jax.artifacts import FILES, MismatchError, UsageError, W2SError, read_json
+from w2s_jax.names import check_dimensions, line
+from w2s_jax.runtime import litert
+from w2s_jax.runtime.session import one_line, open_session, out_of_memory, shrinking
 
 SIGNAL, LOGITS = "signal", "logits"
 #: The other ends of the kind "chunked".
@@ -24,6 +28,12 @@ BLOCK = 1 << 18
 LONG = 30 * SAMPLING_RATE
 #: The shortest input where the file does not say: one STFT frame of Wav2Small.
 MINIMUM_SAMPLES = 64
+#: Rates in Hz that a file may ask for.
+RATES = 1000, 384_000
+#: The longest shortest input that a file may ask for: 10 minutes.
+LONGEST_MINIMUM = 600 * SAMPLING_RATE
+#: Of a model directory; names its files and their checksums.
+REPORT = "export.json"
 
 
 class Predictor:
@@ -33,8 +43,13 @@ class Predictor:
     a call needs about 2 MB per second of audio, so hours belong into :meth:`windows`, or to the kind "chunked", which judges a
     recording of any length as a whole in a few MB (a memory-mapped array need not even be in memory).
 
+    A file is checked before it runs: one that is damaged, loops, reads other files or asks for absurd sizes is refused. Files
+    of a model directory are held against the checksums in its export.json, if there is one. A predictor can be pickled: the
+    path travels, and the file is opened anew.
+
     Args:
-        path: a model directory, or a file (.onnx, .tflite) with input ``signal`` float32 [1, time], output ``logits`` [1, D].
+        path: a model directory, or a file (.onnx, .tflite) with input ``signal`` float32 [1, time], output ``logits`` [1, D];
+            further outputs, such as ``hidden_states``, are left alone.
         kind: which file of a directory, a key of ``FILES``: "fp32" (the default), "int8", …
         threads: CPU threads per call.
         dimensions: names of the D outputs, for a file whose metadata has none.
@@ -47,9 +62,10 @@ class Predictor:
         path: the .onnx file.
 
     Raises:
-        UsageError: nothing at that path, no such kind, or another kind of network.
+        UsageError: nothing at that path, no such kind, another kind of network, or 8-bit weights on a processor whose sums of
+            them overflow.
         MismatchError: the names given are not as many as the outputs, or not those in the file.
-        W2SError: the file is damaged.
+        W2SError: the file is damaged or is refused; says why.
 
     Example:
         >>> predictor = Predictor("model", kind="int8")  # doctest: +SKIP
@@ -65,13 +81,19 @@ class Predictor:
         dimensions: Sequence[str] | None = None,
     ):
         self.path = _model_file(Path(path), kind)
+        _check_sum(self.path)
+        self._made = threads, None if dimensions is None or isinstance(dimensions, str) else tuple(dimensions)
         self._session, _ = open_session(self.path, threads)
         outputs = self._check_ends()
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.dimensions = self._names(dimensions, outputs)
-        self.sampling_rate = self._number("sampling_rate", SAMPLING_RATE)
-        self.minimum_samples = self._number("minimum_samples", MINIMUM_SAMPLES)
+        self.sampling_rate = self._number("sampling_rate", SAMPLING_RATE, *RATES)
+        self.minimum_samples = self._number("minimum_samples", MINIMUM_SAMPLES, 1, LONGEST_MINIMUM)
         self._pieces = Pieces(self._session, self.path) if len(self._session.get_inputs()) > 1 else None
+
+    def __reduce__(self) -> tuple:
+        threads, dimensions = self._made
+        return type(self), (str(self.path.absolute()), None, threads, dimensions)
 
     def __call__(self, wave: np.ndarray, sampling_rate: int = SAMPLING_RATE) -> dict[str, float]:
         """The values of one recording.
@@ -80,8 +102,9 @@ class Predictor:
         which mean nothing.
 
         Args:
-            wave: floating point [T], or [channels, T], whose channels are averaged. The level does not matter
-                to the students here, unless it is close to silence (root mean square below about 0.005).
+            wave: floating point [T], [1, T], or [2, T], whose two channels are averaged. More rows may be a batch, which is
+                not heard at once: call for each clip, or average the channels before (``wave.mean(axis=0)``). The level does
+                not matter to the students here, unless it is close to silence (root mean square below about 0.005).
             sampling_rate: of ``wave``, in Hz; other rates than the network's are resampled (needs soxr).
 
         Returns:
@@ -107,8 +130,9 @@ class Predictor:
         is shorter than a window is one shorter window.
 
         Args:
-            wave: floating point [T] or [channels, T]; or an iterable of blocks [T] of any lengths at the network's rate, such
-                as ``w2s_jax.audio.blocks`` gives, of which no more than two windows and one block are ever held.
+            wave: floating point [T], [1, T] or [2, T], as for a call; or an iterable of blocks [T] of any lengths at the
+                network's rate, such as ``w2s_jax.audio.blocks`` gives, of which no more than two windows and one block are
+                ever held.
             sampling_rate: of ``wave``, in Hz; blocks must be at the network's.
             window, hop: in seconds.
 
@@ -120,6 +144,8 @@ class Predictor:
                 when the iterator gets there, as for a call.
             W2SError: as for a call, when the iterator gets there; positions count from the start of the audio.
         """
+        if not (math.isfinite(window) and math.isfinite(hop)):
+            raise UsageError(f"window and hop are seconds, got {window} and {hop}")
         size, step = round(window * self.sampling_rate), round(hop * self.sampling_rate)
         if size < self.minimum_samples:
             raise UsageError(f"a window needs at least {self.minimum_samples} samples, got {window} s = {size}")
@@ -132,9 +158,9 @@ class Predictor:
         return self._slide(self._blocks(wave), size, step)
 
     def __str__(self) -> str:
-        about = self.metadata
+        about = {key: line(value) for key, value in self.metadata.items()}
         kind = about.get("kind")
-        parameters = f"{int(about['parameters']):,} parameters" if about.get("parameters", "").isdigit() else None
+        parameters = f"{int(about['parameters']):,} parameters" if _whole(about.get("parameters", "")) else None
         size = f"{self.path.stat().st_size / 1000:.0f} kB" if self.path.exists() else None
         teacher = about.get("teacher", "not recorded")
         if about.get("teacher_fingerprint"):
@@ -163,26 +189,31 @@ class Predictor:
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         ends = [(end.name, end.type, end.shape) for end in (*inputs, *outputs)]
         names = [tuple(end.name for end in part) for part in (inputs, outputs)]
+        signal, logits = inputs[0] if inputs else None, next((end for end in outputs if end.name == LOGITS), None)
         fits = (
-            names in ([(SIGNAL,), (LOGITS,)], [(SIGNAL, *CARRIED), (LOGITS, NEXT)])
-            and [end.type for end in (inputs[0], outputs[0])] == ["tensor(float)"] * 2
-            and [len(end.shape) for end in (inputs[0], outputs[0])] == [2, 2]
-            and isinstance(outputs[0].shape[1], int)
+            signal is not None
+            and logits is not None
+            and (names[0] == (SIGNAL,) or names == [(SIGNAL, *CARRIED), (LOGITS, NEXT)])
+            and [end.type for end in (signal, logits)] == ["tensor(float)"] * 2
+            and [len(end.shape) for end in (signal, logits)] == [2, 2]
+            and isinstance(logits.shape[1], int)
+            and logits.shape[1] > 0
         )
         if not fits:
+            found = ", ".join(f"{name} {shape} {kind}" for name, kind, shape in ends)
             raise UsageError(
-                f"{self.path}: expected float inputs and outputs {SIGNAL} [1, time] and {LOGITS} [1, D], "
-                f"got {', '.join(f'{name} {shape} {kind}' for name, kind, shape in ends)}"
+                f"{self.path}: expected float inputs and outputs {SIGNAL} [1, time] and {LOGITS} [1, D], got {line(found)}"
             )
-        return outputs[0].shape[1]
+        return logits.shape[1]
 
     def _names(self, given: Sequence[str] | None, outputs: int) -> tuple[str, ...]:
         recorded = tuple(name for name in self.metadata.get("dimensions", "").split(",") if name)
+        check_dimensions(recorded, f"the metadata of {self.path}")
         if isinstance(given, str):
             raise UsageError(f"dimensions is a list of names, got the string {given!r}")
         if given is not None and recorded and tuple(given) != recorded:
             raise MismatchError(f"{self.path} has the dimensions {', '.join(recorded)}, not {', '.join(given)}")
-        names = recorded or tuple(given or ())
+        names = recorded or check_dimensions(given or (), "the caller")
         if not names:
             raise UsageError(
                 f"the metadata of {self.path} does not name its {outputs} outputs; give them: Predictor(path, dimensions=[...])"
@@ -191,21 +222,28 @@ class Predictor:
             raise MismatchError(f"{self.path} has {outputs} outputs, but {len(names)} names: {', '.join(names)}")
         return names
 
-    def _number(self, key: str, default: int) -> int:
+    def _number(self, key: str, default: int, least: int, most: int) -> int:
         value = self.metadata.get(key, str(default))
-        if not value.isdigit() or int(value) < 1:
-            raise W2SError(f"{self.path}: metadata {key} is {value!r}, expected a positive whole number")
+        if not _whole(value) or not least <= int(value) <= most:
+            raise W2SError(
+                f"{self.path}: metadata {key} is {line(repr(value), 40)}, expected a whole number from {least} to {most}"
+            )
         return int(value)
 
     def _prepared(self, wave: np.ndarray, sampling_rate: int) -> np.ndarray:
         """Check, mix down, resample: → float32 [T] at the network's rate."""
         wave = np.asarray(wave)
-        if wave.ndim == 2 and wave.shape[0] <= wave.shape[1]:
+        if wave.ndim == 2 and wave.shape[0] in (1, 2) and wave.shape[0] <= wave.shape[1]:
             wave = _checked(wave.reshape(-1), 0, wave.shape[1]).reshape(wave.shape).mean(axis=0)
         elif wave.ndim == 1:
             wave = _checked(wave, 0)
+        elif wave.ndim == 2:
+            ways = "turn it round (wave.T)" if wave.shape[1] <= 2 else "average its channels (wave.mean(axis=0))"
+            raise UsageError(
+                f"expected one recording, [T] or [2, T], got {list(wave.shape)}: {ways}, or call for each clip of a batch"
+            )
         else:
-            raise UsageError(f"expected a waveform [T] or [channels, T], got {list(wave.shape)}")
+            raise UsageError(f"expected a waveform [T], [1, T] or [2, T], got {list(wave.shape)}")
         if sampling_rate != self.sampling_rate:
             if not sampling_rate > 0:
                 raise UsageError(f"expected a sampling rate in Hz, got {sampling_rate}")
@@ -248,12 +286,17 @@ class Predictor:
         try:
             if self._pieces is not None:
                 logits = self._pieces(wave)
-            elif len(wave) > LONG and isinstance(self._session, onnxruntime.InferenceSession):
-                (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]}, _shrinking())
+            elif len(wave) > LONG and not isinstance(self._session, litert.Session):
+                (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]}, shrinking())
             else:
                 (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]})
-        except Exception as error:  # as above
-            raise W2SError(f"{self.path} failed on {len(wave)} samples: {_one_line(error)}") from error
+        except Exception as error:  # onnxruntime's exception classes share no base and depend on the fault
+            if out_of_memory(error):
+                way = "judge it in windows (Predictor.windows, --window)"
+                raise W2SError(f"{self.path} needs too much memory for {len(wave)} samples; {way}") from error
+            raise W2SError(f"{self.path} failed on {len(wave)} samples: {one_line(error)}") from error
+        if logits.shape != (1, len(self.dimensions)):
+            raise W2SError(f"{self.path} gave values of the shape {list(logits.shape)}, expected [1, {len(self.dimensions)}]")
         if not np.isfinite(logits).all():
             raise W2SError(
                 f"{self.path} gave values that are not finite; the largest sample is {np.abs(wave).max():.3g}, expected about 1"
@@ -277,7 +320,7 @@ class Pieces:
         W2SError: the metadata does not say how to cut.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, path: str | os.PathLike):
+    def __init__(self, session, path: str | os.PathLike):
         self._session = session
         try:
             cut = json.loads(session.get_modelmeta().custom_metadata_map["chunk"])
@@ -286,7 +329,7 @@ class Pieces:
             )
             features = int(session.get_inputs()[1].shape[1])
         except (KeyError, TypeError, ValueError) as error:
-            raise W2SError(f"{path}: its metadata does not say how to cut a recording: {_one_line(error)}") from error
+            raise W2SError(f"{path}: its metadata does not say how to cut a recording: {one_line(error)}") from error
         self._start = first_state(features)
 
     def __call__(self, wave: np.ndarray) -> np.ndarray:
@@ -346,51 +389,15 @@ class _Ring:
         return self._held[max(0, self._filled - self.size) : self._filled]
 
 
-def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[onnxruntime.InferenceSession, str]:
-    """An onnxruntime session on the CPU whose memory does not grow with the lengths that it sees, and its name for messages.
-
-    Args:
-        source: an .onnx file, or its content; or a .tflite file, of which it gives a ``litert.Session``.
-        threads: CPU threads per call.
-
-    Raises:
-        UsageError: no such file, or no interpreter for it.
-        W2SError: the file is damaged.
-    """
-    content = isinstance(source, bytes)
-    name = "the model" if content else str(source)
-    if not content and not Path(source).is_file():
-        raise UsageError(f"no model at {name}: no such file")
-    if not content and Path(source).suffix == ".tflite":
-        from w2s_jax.runtime import litert  # its interpreter is an extra
-
-        return litert.Session(source, threads), name
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = threads
-    # it keeps memory for every length it has seen; the arena does not, and without it the system hands out every page anew in
-    # every call, which takes up to half as long as the network itself
-    options.enable_mem_pattern = False
-    options.log_severity_level = 4  # errors arrive as exceptions
-    try:
-        session = onnxruntime.InferenceSession(source if content else name, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exception classes share no base and depend on the fault
-        raise W2SError(f"{name} is damaged or not an ONNX model: {_one_line(error)}") from error
-    return session, name
-
-
-def _shrinking() -> onnxruntime.RunOptions:
-    options = onnxruntime.RunOptions()
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-    return options
-
-
 def _model_file(path: Path, kind: str | None) -> Path:
     if kind is not None and kind not in FILES:
         raise UsageError(f"unknown kind {kind!r}; there are: {', '.join(FILES)}")
     if path.is_dir():
         file = path / FILES[kind or "fp32"]
         if not file.is_file():
-            raise UsageError(f"no model in {path} (it has no {file.name})")
+            there = [known for known, name in FILES.items() if (path / name).is_file()]
+            instead = f"; its kinds are: {', '.join(there)}" if there else ""
+            raise UsageError(f"no model in {path} (it has no {file.name}){instead}")
         return file
     if not path.exists():
         raise UsageError(f"no model at {path}")
@@ -413,5 +420,26 @@ def _checked(wave: np.ndarray, position: int, row: int | None = None) -> np.ndar
     return wave
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _whole(text: str) -> bool:
+    """Whether it is a number in plain digits, not too long to be read."""
+    return text.isascii() and text.isdecimal() and len(text) <= 15
+
+
+def _check_sum(path: Path) -> None:
+    """Refuse a file that is not the one that the export.json beside it was written for; without one, or a sum in it, take it.
+
+    Raises:
+        W2SError: names the file, and what to do.
+    """
+    report = path.parent / REPORT
+    if path.name not in FILES.values() or not report.is_file():
+        return
+    sums = read_json(report, "model").get("sha256")
+    expected = sums.get(path.name) if isinstance(sums, dict) else None
+    if expected is None:  # before 0.2
+        return
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        said = f"its SHA-256 begins with {found[:12]}, but {line(expected, 12)} in {REPORT}"
+        raise W2SError(f"{path} is damaged: {said}; copy or export it again")

@@ -60,6 +60,7 @@ def load(
     dtype: str | None = None,
     normalisation: str | None = None,
     revision: str | None = None,
+    output: str | None = None,
 ) -> Teacher:
     """A teacher by name.
 
@@ -70,6 +71,7 @@ def load(
         dimensions: names for the outputs of an ``onnx:`` model that does not name them itself.
         dtype: what a Transformer computes in, "float32" (default) or "bfloat16".
         normalisation: of the waveform for WavLM, "official" (default for wavlm) or "paper" (default for paper).
+        output: of an ``onnx:`` model with several, the one to take; default: "logits", or the only one as wide as the names.
         revision: branch, tag or commit on the hub; weights that are named so need not give the published golden value.
 
     Raises:
@@ -91,6 +93,8 @@ def load(
         raise UsageError(f"a teacher computes in float32 or bfloat16, not in {dtype!r}")
     if dimensions and not name.startswith("onnx:"):
         raise UsageError(f"teacher {name} names its own dimensions; --dimensions is for onnx:FILE")
+    if output and not name.startswith("onnx:"):
+        raise UsageError(f"teacher {name} has one output; --output is for onnx:FILE")
     if checkpoint_dir is not None and name not in (*NEURAL, "dnsmos"):
         raise UsageError(f"teacher {name} has no checkpoint directory; --checkpoint-dir is for {', '.join(NEURAL)} and dnsmos")
     if name == "acoustic":
@@ -104,7 +108,7 @@ def load(
     if name.startswith("onnx:"):
         from w2s_jax.teachers.onnx import OnnxTeacher
 
-        return OnnxTeacher(name.removeprefix("onnx:"), dimensions=dimensions)
+        return OnnxTeacher(name.removeprefix("onnx:"), dimensions=dimensions, output=output)
     if name not in NEURAL:
         raise UsageError(f"unknown teacher {name!r}; there are: {', '.join(NAMES)}")
     try:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE
 from w2s_jax.artifacts import UsageError, W2SError, fingerprint
+from w2s_jax.devices import computing
 from w2s_jax.teachers import weights
 
 #: What both models are built like; transformers' Flax modules know no other normalisation, and take the epsilon of the
@@ -66,6 +67,7 @@ class NeuralTeacher:
     dimensions = DIMENSIONS
     stand_in = False
 
+    @computing()
     def __init__(
         self, name: str, module: nn.Module, checkpoint: weights.Checkpoint, licence: str, published: int, options: dict
     ) -> None:
@@ -102,6 +104,7 @@ class NeuralTeacher:
         """How many devices share a batch."""
         return self._mesh.size
 
+    @computing()
     def __call__(self, waves: np.ndarray, lengths: np.ndarray | None = None) -> Array:
         """Label waveforms.
 

@@ -7,27 +7,35 @@ import os
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
-from w2s_jax import SAMPLING_RATE
+from w2s_jax import SAMPLING_RATE, machine
 from w2s_jax.artifacts import UsageError, W2SError, fingerprint, missing_extra
+from w2s_jax.names import check_dimensions, line
+from w2s_jax.runtime.predictor import LOGITS
+from w2s_jax.runtime.session import one_line, open_session
 
 
 class OnnxTeacher:
-    """An ONNX model of one waveform input and K values output.
+    """An ONNX model of one waveform input and K values output, in one file.
 
     The input may be [time], [batch, time] or [batch, 1, time], float32 at 16 kHz; batch and time may be fixed or dynamic.
     A fixed-length model hears a shorter view repeated until it fills the length, and of a longer view the mean of its
-    outputs over consecutive pieces, the last one aligned to the view's end. The output is [batch, K] or [K].
+    outputs over consecutive pieces, the last one aligned to the view's end. The output is [batch, K] or [K]. Of several, it is
+    the one that ``output`` names, else "logits", else the only one that is as wide as there are names.
+
+    The file is checked before it runs, as for ``Predictor``. One whose weights are in a second file is refused: labels keep a
+    fingerprint of the file, which would say nothing of them.
 
     Args:
         path: the .onnx file.
         dimensions: names of the K values; default: the model's own metadata (``dimensions``, comma separated).
         name, licence: for provenance.
         threads: of onnxruntime; 0 takes all cores.
+        output: name of the output, for a model with several.
 
     Raises:
-        UsageError: no such file, or the model does not have that form; names what was found.
+        UsageError: no such file or output, the file is damaged or is refused, or the model does not have that form; names what
+            was found.
     """
 
     stand_in = False
@@ -39,19 +47,17 @@ class OnnxTeacher:
         name: str | None = None,
         licence: str | None = None,
         threads: int = 0,
+        output: str | None = None,
     ) -> None:
         path = Path(path)
         if not path.is_file():
             raise UsageError(f"no teacher at {path}: no such file")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
         try:
-            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            raise UsageError(f"{path} is not an ONNX model that onnxruntime can run: {str(error).splitlines()[0]}") from error
+            self._session, _ = open_session(path, threads)
+        except W2SError as error:
+            raise UsageError(f"no teacher: {error}") from error
         inputs = self._session.get_inputs()
-        form = [f"{node.name} {node.type} {node.shape}" for node in inputs]
+        form = [line(f"{node.name} {node.type} {node.shape}") for node in inputs]
         if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) not in (1, 2, 3):
             raise UsageError(f"{path}: a teacher has one float input [time], [batch, time] or [batch, 1, time]; got {form}")
         if len(inputs[0].shape) == 3 and inputs[0].shape[1] not in (1, None) and isinstance(inputs[0].shape[1], int):
@@ -63,30 +69,48 @@ class OnnxTeacher:
         if isinstance(batch, int) and batch != 1 and self._rank > 1:
             raise UsageError(f"{path}: a teacher's batch is dynamic or 1; got {form}")
         metadata = self._session.get_modelmeta().custom_metadata_map
+        machine.require_exact_sums(path, metadata)
         if metadata.get("sampling_rate", str(SAMPLING_RATE)) != str(SAMPLING_RATE):
-            raise UsageError(f"{path} expects {metadata['sampling_rate']} Hz; views have {SAMPLING_RATE} Hz")
+            raise UsageError(f"{path} expects {line(metadata['sampling_rate'], 40)} Hz; views have {SAMPLING_RATE} Hz")
         named = tuple(filter(None, metadata.get("dimensions", "").split(",")))
-        self.dimensions = tuple(dimensions or named)
+        self.dimensions = check_dimensions(dimensions or named, "the caller" if dimensions else f"the metadata of {path}")
+        self._output = self._chosen(path, output)
         outputs = self._run(np.zeros((1, self._length or SAMPLING_RATE), np.float32)).shape[1]
         if not self.dimensions:
             raise UsageError(f"{path} does not name its {outputs} outputs; name them: --dimensions {','.join('abc'[:outputs])}")
-        if outputs != len(self.dimensions) or len(set(self.dimensions)) != outputs:
+        if outputs != len(self.dimensions):
             raise UsageError(f"{path} has {outputs} outputs, but the names are {', '.join(self.dimensions)}")
-        self.name = name or f"onnx:{path.name}"
-        self.licence = licence or metadata.get("licence", "unknown: ask whoever made the teacher")
+        self.name = line(name or f"onnx:{path.name}")
+        self.licence = line(licence or metadata.get("licence") or "unknown: ask whoever made the teacher")
         self.stand_in = metadata.get("stand_in") == "true"
-        self.fingerprint = fingerprint(path, list(self.dimensions))
+        several = len(self._session.get_outputs()) > 1
+        self.fingerprint = fingerprint(path, list(self.dimensions), *([self._output] if several else []))
+
+    def _chosen(self, path: Path, wanted: str | None) -> str:
+        """Name of the output to take."""
+        there = {node.name: node.shape for node in self._session.get_outputs()}
+        shown = line(", ".join(f"{name} {shape}" for name, shape in there.items()))
+        if wanted is not None:
+            if wanted not in there:
+                raise UsageError(f"{path} has no output {wanted!r}; its outputs are: {shown}")
+            return wanted
+        if len(there) == 1 or LOGITS in there:
+            return LOGITS if LOGITS in there else next(iter(there))
+        wide = [name for name, shape in there.items() if len(shape) in (1, 2) and shape[-1] == len(self.dimensions)]
+        if len(wide) != 1:
+            raise UsageError(f"{path} has several outputs: {shown}; choose one: --output NAME")
+        return wide[0]
 
     def _run(self, waves: np.ndarray) -> np.ndarray:
         if self._single and len(waves) > 1:
             return np.concatenate([self._run(wave[None]) for wave in waves])
         shaped = {1: waves[0], 2: waves, 3: waves[:, None]}[self._rank]
         try:
-            output = np.asarray(self._session.run(None, {self._input: shaped})[0], np.float32)
+            output = np.asarray(self._session.run([self._output], {self._input: shaped})[0], np.float32)
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise W2SError(f"the teacher failed on {list(shaped.shape)}: {str(error).splitlines()[0]}") from error
+            raise W2SError(f"the teacher failed on {list(shaped.shape)}: {one_line(error)}") from error
         if output.size % len(waves) or output.ndim > 2:
-            raise UsageError(f"a teacher's first output is [batch, K]; got {list(output.shape)} for a batch of {len(waves)}")
+            raise UsageError(f"a teacher's output is [batch, K]; got {list(output.shape)} for a batch of {len(waves)}")
         return output.reshape(len(waves), -1)
 
     def __call__(self, waves: np.ndarray) -> np.ndarray:

@@ -81,7 +81,9 @@ class GatedAttention(nn.Module):
             nn.Dense(config.hidden_size, dtype=self.dtype) for _ in range(4)
         )
         self.gru_rel_pos_linear = nn.Dense(8)
-        self.gru_rel_pos_const = self.param("gru_rel_pos_const", nn.initializers.ones, (1, config.num_attention_heads, 1, 1))
+        self.gru_rel_pos_const = self.param(
+            "gru_rel_pos_const", nn.initializers.ones, (1, config.num_attention_heads, 1, 1), jnp.float32
+        )
         if self.owns_bias:
             self.rel_attn_embed = nn.Embed(config.num_buckets, config.num_attention_heads)
 
@@ -168,7 +170,9 @@ class WavLMTrunk(nn.Module):
         self.feature_projection = FlaxWav2Vec2FeatureProjection(self.config, dtype=self.dtype)
         self.encoder = Encoder(self.config, self.dtype)
         # only pre-training uses it; it is part of the checkpoint
-        self.masked_spec_embed = self.param("masked_spec_embed", nn.initializers.uniform(), (self.config.hidden_size,))
+        self.masked_spec_embed = self.param(
+            "masked_spec_embed", nn.initializers.uniform(), (self.config.hidden_size,), jnp.float32
+        )
 
     def __call__(self, waves: Array, lengths: Array | None = None) -> Array:
         features = self.feature_projection(self.feature_extractor(waves))[0]
@@ -182,7 +186,7 @@ class AttentiveStatistics(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array | None) -> Array:
         size = x.shape[-1]
-        attention = self.param("attention", nn.initializers.normal(1.0), (size, 1))
+        attention = self.param("attention", nn.initializers.normal(1.0), (size, 1), jnp.float32)
         logits = nn.tanh(nn.Dense(size, name="sap_linear")(x)) @ attention
         weight = nn.softmax(logits, axis=1, where=None if mask is None else mask[:, :, None])
         mean = jnp.sum(weight * x, axis=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from w2s_jax.artifacts import UsageError, W2SError, fingerprint, missing_extra, read_json
-from w2s_jax.checkpoint import differences, refuse
+from w2s_jax.checkpoint import differences, refuse, unwrapped
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -174,8 +175,37 @@ def torch_name(path: tuple[str, ...]) -> str:
 SPELLINGS = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
 
 
+@contextlib.contextmanager
+def _opened(checkpoint: Checkpoint, file: Path) -> Iterator:
+    """A safetensors file, whose faults are told with what to do."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as error:
+        raise missing_extra("safetensors", "teacher") from error
+    try:
+        with safe_open(file, "numpy") as tensors:
+            yield tensors
+    except (SafetensorError, OSError, TypeError) as error:
+        raise W2SError(
+            f"{file} is damaged or only partly downloaded ({error}); delete it and fetch it again from {checkpoint.repository}"
+        ) from error
+
+
+def _names(checkpoint: Checkpoint, file: Path) -> list[str]:
+    with _opened(checkpoint, file) as tensors:
+        return list(tensors.keys())
+
+
+#: Weights that only pre-training uses. A checkpoint need not have the first, which is a part of Hugging Face's modules; and it
+#: may have the others, which are not.
+UNUSED = ("masked_spec_embed",)
+LEFT_OUT = ("quantizer.", "project_q.", "project_hid.")
+
+
 def read(checkpoint: Checkpoint, expected: dict, place: Callable[[tuple[str, ...], np.ndarray], Array]) -> dict:
-    """Stream the tensors of a checkpoint into a tree of Flax parameters; strict.
+    """Stream the tensors of a checkpoint into a tree of Flax parameters; strict, but for weights that inference never touches.
+
+    Names may begin with ``_orig_mod.`` and ``module.`` (torch.compile, DataParallel), if all do.
 
     Args:
         checkpoint: what ``find`` found.
@@ -186,44 +216,40 @@ def read(checkpoint: Checkpoint, expected: dict, place: Callable[[tuple[str, ...
         The tree.
 
     Raises:
-        MismatchError: lists every missing, unexpected, mis-shaped or non-finite tensor. Nothing is left at a random value.
+        MismatchError: lists every missing, unexpected, mis-shaped or non-finite tensor. Nothing is left at a random value;
+            what is missing of ``UNUSED`` is zero.
         W2SError: a file is truncated or damaged.
     """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError as error:
-        raise missing_extra("safetensors", "teacher") from error
-
     # Flax's layout is torch's backwards: Linear [out, in] and [in, out], Conv1d [out, in, width] and [width, in, out]
     wanted = {
         torch_name(path): (path, leaf.shape[::-1] if path[-1] == "kernel" else leaf.shape)
         for path, leaf in flatten_dict(expected).items()
     }
     tree, faults, found = {}, [], set()
+    bare = unwrapped(key for file in checkpoint.files for key in _names(checkpoint, file))
     for file in checkpoint.files:
-        try:
-            with safe_open(file, "numpy") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                    name = key
-                    for new, old in SPELLINGS.items():
-                        name = name.replace(new, old)
-                    if name in found:
-                        faults.append(f"! {key}: there twice")
-                    elif name not in wanted:
+        with _opened(checkpoint, file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                name = bare[key]
+                for new, old in SPELLINGS.items():
+                    name = name.replace(new, old)
+                if name in found:
+                    faults.append(f"! {key}: there twice")
+                elif name not in wanted:
+                    if not name.startswith(LEFT_OUT):
                         faults.append(f"+ {key} {tuple(tensors.get_slice(key).get_shape())}")
-                    else:
-                        path, shape = wanted[name]
-                        array = tensors.get_tensor(key).astype(np.float32, copy=False)
-                        fault = differences({key: array}, {key: shape})
-                        faults += fault
-                        if not fault:
-                            tree[path] = place(path, np.ascontiguousarray(array.T) if path[-1] == "kernel" else array)
-                    found.add(name)
-        except (SafetensorError, OSError, TypeError) as error:
-            raise W2SError(
-                f"{file} is damaged or only partly downloaded ({error}); delete it and fetch it again from "
-                f"{checkpoint.repository}"
-            ) from error
+                else:
+                    path, shape = wanted[name]
+                    array = tensors.get_tensor(key).astype(np.float32, copy=False)
+                    fault = differences({key: array}, {key: shape})
+                    faults += fault
+                    if not fault:
+                        tree[path] = place(path, np.ascontiguousarray(array.T) if path[-1] == "kernel" else array)
+                found.add(name)
+    for name, (path, shape) in wanted.items():
+        if name not in found and path[-1] in UNUSED:
+            tree[path] = place(path, np.zeros(shape, np.float32))
+            found.add(name)
     faults += [f"- {name} {shape}" for name, (_, shape) in sorted(wanted.items()) if name not in found]
     refuse(faults, f"{checkpoint.directory} against {checkpoint.repository}")
     return unflatten_dict(tree)
