@@ -544,3 +544,15 @@ def test_an_out_that_is_not_utf8_is_refused_in_one_line(w2s, speech, tmp_path):
     code, _, err = w2s("bank", "build", speech, "--out", os.fsdecode(os.fsencode(tmp_path) + b"/b\xff"))
     assert code == 2
     assert "/b\\udcff" in err and "is not valid UTF-8" in err.splitlines()[-1]
+
+
+def test_a_bank_with_other_options_is_refused_without_force(w2s, corpus, tmp_path):
+    build = ["bank", "build", corpus, "--out", tmp_path / "bank", "--json"]
+    first = json.loads(w2s(*build)[1].splitlines()[-1])
+    assert json.loads(w2s(*build)[1].splitlines()[-1]) == first  # the same again is kept
+    code, _, err = w2s(*build, "--seed", 7)
+    assert code == 1
+    assert "seed: 0 there, 7 now" in err
+    assert "--force" in err
+    assert w2s(*build, "--seed", 7, "--force")[0] == 0
+    assert w2s(*build)[0] == 1

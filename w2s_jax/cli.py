@@ -341,7 +341,6 @@ def bank_build(
         "split_by": split_by.value,
         "fractions": list(shares),
         "seed": seed,
-        "leaks": leaks.value,
     }
     with shown("decode", "clips") as report:
         about = bank.build(
