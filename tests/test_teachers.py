@@ -194,7 +194,7 @@ def test_what_inference_never_touches_may_be_missing_or_there(kind, checkpoints,
 def test_outputs_in_64_bit_mode(view, checkpoints, small):
     waves = np.random.default_rng(0).normal(size=(2, 4000)).astype(np.float32)
     expected = small(view)(waves)
-    with jax.experimental.enable_x64():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         found = teachers.load(view.split("-")[0], checkpoints)(waves)
     np.testing.assert_array_equal(found, expected, strict=True)
 

@@ -311,7 +311,7 @@ def test_a_resume_with_another_code_or_kernel_is_told(finished, bank, views, lab
 
 
 def test_a_run_in_64_bit_mode_is_the_same_bit_for_bit(run, bank, views, labels, tmp_path):
-    with jax.experimental.enable_x64():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         training.train(config.load("wav2small", TINY), bank, views, labels, tmp_path)
         _, variables, _ = checkpoint.load_student(tmp_path)
         report = evaluate(tmp_path, bank, views, labels)
@@ -336,7 +336,7 @@ def test_a_student_in_64_bit_mode_has_the_same_gradients(form):
         return variables, jax.jit(jax.grad(loss))(variables["params"])
 
     expected = gradients()
-    with jax.experimental.enable_x64():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
         found = gradients()
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), *(jax.device_get((found, expected))))
 

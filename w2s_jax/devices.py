@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
-from jax.experimental import disable_x64
+import jax.experimental
 
 from w2s_jax.artifacts import UsageError
 
@@ -31,5 +31,6 @@ def computing() -> Iterator[None]:
             f"JAX finds no {wanted} device (JAX_PLATFORMS={wanted}{said and ': '}{said}); unset JAX_PLATFORMS, set it to cpu, "
             f"or install JAX for {wanted}"
         ) from error
-    with jax.enable_x64(False) if hasattr(jax, "enable_x64") else disable_x64():
+    # its name before JAX 0.8
+    with jax.enable_x64(False) if hasattr(jax, "enable_x64") else jax.experimental.disable_x64():
         yield
