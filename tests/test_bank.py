@@ -333,6 +333,14 @@ def test_a_truncated_file_stays_with_what_could_be_read_and_is_listed(tmp_path):
         about = banks.build(clips, tmp_path / "bank")
 
 
+def test_a_split_whose_clips_all_fail_is_said(tmp_path):
+    clips = folder_of(tmp_path / "corpus", 3)
+    soundfile.write(clips[1].file, np.zeros(16_000, np.int16), 16_000)
+    with pytest.warns(banks.BankWarning, match="validation split.*empty"):
+        about = banks.build(clips, tmp_path / "bank")
+    assert (about["clips"], about["failures"]) == (2, 1)
+
+
 def test_a_full_disk_is_not_taken_for_unreadable_audio(corpus, tmp_path, monkeypatch):
     class Full(banks.tempfile.SpooledTemporaryFile):
         def write(self, data):

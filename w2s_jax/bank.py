@@ -94,7 +94,7 @@ class BankError(W2SError):
 
 
 class BankWarning(UserWarning):
-    """Something in a bank was damaged and has been made again."""
+    """Something in a bank was damaged and has been made again, or a split of it is empty."""
 
 
 def to_int16(wave: np.ndarray) -> tuple[np.ndarray, float]:
@@ -196,6 +196,13 @@ def build(
         if not table.num_rows:
             raise BankError(f"none of {len(clips)} clips can be read; the first: {unread[0]}")
         check_decoded(read, table["sum"].to_pylist())
+        for split in sorted({clip.split for clip in clips} - set(table["split"].to_pylist())):
+            warnings.warn(
+                f"no clip of the {split} split can be used, so it is empty: see failures.csv, or draw the splits anew without "
+                "those clips",
+                BankWarning,
+                stacklevel=2,
+            )
         table = table.set_column(0, _SCHEMA.field("clip"), pa.array(np.arange(table.num_rows, dtype=np.int32)))
         content = io.BytesIO()
         pq.write_table(table, content)

@@ -821,7 +821,8 @@ class _Rows:
     def add(self, path: Path, start: float, end: float, values: dict[str, float]) -> int:
         from w2s_jax.audio import printable
 
-        row = {"file": printable(path), "start": round(start, 3), "end": round(end, 3)}
+        # times to the sample: the last window, aligned with the end, may begin right after the one before
+        row = {"file": printable(path), "start": round(start, 6), "end": round(end, 6)}
         row |= {name: round(float(value), 6) for name, value in values.items()}
         if self.form is Format.jsonl:
             print(_json(row), flush=True)
