@@ -392,6 +392,15 @@ def test_a_folder_stands_for_the_audio_below_it(w2s, model, speech):
     assert code == 1 and f"no audio in {speech}/none" in err
 
 
+def test_windows_that_begin_almost_together_have_times_of_their_own(w2s, model, tmp_path):
+    import soundfile
+
+    soundfile.write(tmp_path / "x.wav", np.full(16_003, 0.1), 16_000)  # the last window begins 3 samples after the one before
+    code, out, _ = w2s("predict", model, tmp_path / "x.wav", "--window", "0.5", "--hop", "0.25", "--format", "jsonl")
+    times = [(row["start"], row["end"]) for row in map(json.loads, out.splitlines())]
+    assert code == 0 and times == [(0, 0.5), (0.25, 0.75), (0.5, 1.0), (0.500188, 1.000188)]
+
+
 def test_a_minus_is_the_file_on_standard_input(w2s, model, speech, monkeypatch):
     piped(monkeypatch, (speech / "deep" / "b.flac").read_bytes())
     code, out, _ = w2s("predict", model, "-", "--format", "csv")
