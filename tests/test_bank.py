@@ -230,6 +230,16 @@ def test_a_bank_of_other_sources_is_left_alone_without_force(tmp_path):
         banks.build(other, out)
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": "w2s-bank-plan", "version": 2, "origin": {}, "sum": ""}'])
+def test_a_damaged_plan_names_the_way_out(tmp_path, damage):
+    clips = folder_of(tmp_path / "corpus", 3)
+    about = banks.build(clips, tmp_path / "bank")
+    (tmp_path / "bank" / "plan.json").write_text(damage)
+    with pytest.raises(MismatchError, match=r"plan\.json is damaged.*so it is not known what bank .* holds; .*--force"):
+        banks.build(clips, tmp_path / "bank")
+    assert banks.build(clips, tmp_path / "bank", force=True) == about == banks.build(clips, tmp_path / "bank")
+
+
 def test_a_bank_follows_its_sources(tmp_path):
     banks.build(folder_of(tmp_path / "corpus", 3), tmp_path / "bank")
     clips = folder_of(tmp_path / "corpus", 5, 1)  # three more files, two of them changed

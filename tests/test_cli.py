@@ -102,6 +102,17 @@ def test_the_chain_ends_in_predictions(chain, corpus):
             assert abs(score["ccc"] - lines["eval_model"][0]["teacher"][name]["ccc"]) < 1e-3
     # progress is for people, and goes to stderr
     assert "views" in lines["label"][1].stderr
+    assert lines["views"][0]["seconds"] == {"0.5": lines["views"][0]["count"]}
+
+
+def test_labels_that_were_there_already_are_told(chain, w2s):
+    at, lines = chain
+    again = ("label", at / "bank", at / "views.parquet", "--teacher", "acoustic", "--out", at / "labels")
+    count = lines["views"][0]["count"]
+    assert f"{count} views labelled by acoustic (arousal, dominance, valence)\n" in lines["label"][1].stdout
+    assert f"{count} views labelled by acoustic (arousal, dominance, valence), all of them earlier\n" in w2s(*again)[1]
+    next((at / "labels" / "shards").iterdir()).unlink()
+    assert "dominance, valence)\n" in w2s(*again)[1]
 
 
 def test_bench_of_a_model(chain, tmp_path, w2s):
@@ -232,7 +243,7 @@ def test_long_files_are_read_in_windows(chain, tmp_path, w2s):
         ("label {at}/bank {at}/views.parquet --teacher acoustic --dimensions a,b,c --out {tmp}/out", 2, "--dimensions is for"),
         ("label {at}/bank {at}/views.parquet --teacher acoustic --checkpoint-dir {tmp} --out {tmp}/out", 2, "dnsmos"),
         ("label {at}/bank {at}/views.parquet --teacher acoustic --dtype bfloat16 --out {tmp}/out", 2, "has no --dtype"),
-        ("label {at}/bank {at}/views.parquet --teacher wavlm --dtype float16 --out {tmp}/out", 2, "'float16'"),
+        ("label {at}/bank {at}/views.parquet --teacher wavlm --dtype float16 --out {tmp}/out", 2, "'--dtype': 'float16'"),
         ("label {at}/bank {at}/views.parquet --teacher wavlm --checkpoint-dir {tmp} --out {tmp}/out", 2, "no checkpoint of"),
         ("label {at}/bank {at}/views.parquet --teacher acoustic --process 1 --out {tmp}/out", 2, "go together"),
         ("teacher check wav2vec2 --checkpoint-dir {tmp}", 2, "wav2vec2-large-robust-12-ft-emotion-msp-dim"),
@@ -253,8 +264,8 @@ def test_errors_are_one_line_with_the_right_code(w2s, chain, corpus, tmp_path, c
     got, out, err = w2s(*shlex.split(command.format(**names)))
     errors = [line for line in err.splitlines() if line.startswith("w2s: error: ")]
     assert got == code
-    assert errors, err
-    assert any(message.format(**names) in line for line in errors)
+    assert len(errors) == 1, err
+    assert message.format(**names) in errors[0]
     assert "Traceback" not in err + out
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.*[!k]"))  # nothing but a lock
 

@@ -659,7 +659,8 @@ def twice(tmp_path):
 def test_copies_of_a_recording_stay_in_one_split(twice, seed):
     clips = read("folder", twice)
     assert len(clips) == 51
-    with pytest.warns(CorpusWarning, match=r"24 files have the content of another file \(two/00\.wav is one/00\.wav; …\)"):
+    found = r"24 files have the content of another file \(two/00\.wav is one/00\.wav; .*; and 21 more\)"
+    with pytest.warns(CorpusWarning, match=found):
         done = assign_splits(clips, seed=seed)
     of_recording = defaultdict(set)
     for c in done:

@@ -302,6 +302,29 @@ def test_model_card(exported):
     assert {row[4] for row in table} == {"any"}  # processor
 
 
+def test_a_teachers_words_are_only_words_in_the_card(exported):
+    yaml = pytest.importorskip("yaml")
+    markdown = pytest.importorskip("markdown_it")
+    place, report = exported
+    words = "x`|<script>alert(1)</script> [a](https://b.example) ![c](d.png) **e**\n---\n# f\x1b[31m"
+    config = json.loads((place / "run" / "student" / "config.json").read_text())
+    config["teacher"] = {**TEACHER, "name": words, "licence": words, "fingerprint": words}
+    config["dimensions"] = ["<b>joy</b>", "**anger**", "`fear`"]
+    config["validation_ccc"] = dict.fromkeys(config["dimensions"], 0.5)
+    facts = {"parameters": "72659", "minimum_samples": "64"}
+    card = package._card("model", facts, config, {"kinds": report["kinds"], "failed": {}})
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front)["license_name"].startswith("x`|<script>alert(1)</script> [a](https://b.example)")
+    assert yaml.safe_load(front)["base_model"].startswith("x`|<script>")
+    html = markdown.MarkdownIt("gfm-like", {"linkify": False}).render(text)
+    for element in ("script", "a", "img", "strong>e", "b", "strong>anger", "code>fear"):
+        assert f"<{element}" not in html.replace("<br", "").replace("<blockquote", "")
+    assert html.count("<h1>") == 1 and html.count("<tr>") == 1 + len(report["kinds"])
+    assert "\x1b" not in card
+    for shown in ("&lt;script&gt;alert(1)&lt;/script&gt; [a](https://b.example)", "&lt;b&gt;joy&lt;/b&gt;, **anger**, `fear`"):
+        assert shown in html
+
+
 def test_clean_graph(exported):
     place, _ = exported
     for kind in ("fp32", "chunked"):

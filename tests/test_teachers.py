@@ -871,3 +871,15 @@ def test_of_several_outputs_logits_or_the_one_as_wide_as_the_names(tmp_path):
         teachers.load(other, dimensions=names, output="logits")
     with pytest.raises(UsageError, match="--output is for onnx:FILE"):
         teachers.load("acoustic", output="logits")
+
+
+def test_the_command_line_takes_an_output_by_its_name(tmp_path, capsys, monkeypatch):
+    from w2s_jax import cli
+
+    other = several(tmp_path / "other.onnx", {"hidden": 8, "scores": 3})
+    arguments = ["w2s", "teacher", "check", other, "--output", "hidden", "--seconds", "0.1", "--batch-size", "1", "--json"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--dimensions", "a,b,c,d,e,f,g,h"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["dimensions"] == list("abcdefgh")

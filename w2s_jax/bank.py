@@ -266,8 +266,17 @@ def _claim(out: Path, origin: dict, force: bool) -> None:
     now["sum"] = fingerprint(now)
     file = plan if plan.is_file() else bank  # version 1 had no plan.json
     if file.is_file():
+        unknown = (
+            f"so it is not known what bank {out} holds; choose another directory, or use --force to build here (what is whole "
+            "is kept)"
+        )
         try:
-            before = read_json(file, "bank")
+            try:
+                before = read_json(file, "bank")
+            except UsageError:
+                raise
+            except W2SError as error:
+                raise MismatchError(f"{error}, {unknown}") from error
             if before.get("format") not in ("w2s-bank", "w2s-bank-plan"):
                 raise UsageError(f"{out} holds something else ({before.get('format', file.name)}); choose another directory")
             if before.get("version") != VERSION:
@@ -277,10 +286,7 @@ def _claim(out: Path, origin: dict, force: bool) -> None:
                 )
             there = before.get("origin", {})
             if before.pop("sum", None) != fingerprint(before):
-                raise MismatchError(
-                    f"{file} is damaged, so it is not known what bank {out} holds; choose another directory, or use --force "
-                    "to build here (what is whole is kept)"
-                )
+                raise MismatchError(f"{file} is damaged, {unknown}")
             differing = [
                 f"{key.replace('_', ' ')}: {there.get(key)} there, {origin.get(key)} now"
                 for key in sorted({*there, *origin})

@@ -366,7 +366,9 @@ def views_draw(
     into: Annotated[Path, typer.Option("--out", help="The parquet file to write.")],
     per_clip: Annotated[int, typer.Option(min=1, help="Views of each training clip.")] = 4,
     eval_per_clip: Annotated[int, typer.Option(min=1, help="Views of each validation and test clip; clean and fixed.")] = 1,
-    seconds: Annotated[str, typer.Option(help="Lengths of the views.")] = "2,5",
+    seconds: Annotated[
+        str, typer.Option(help="Lengths of the views: of a clip, those that fit into it; repeated if it is shorter than all.")
+    ] = "2,5",
     mix: Annotated[
         float, typer.Option(min=0, max=1, callback=_finite, help="Share of training views that are mixtures of two clips.")
     ] = 0.5,
@@ -398,12 +400,15 @@ def views_draw(
     drawn.save(into, force=force)
     counts = {name.value: len(drawn.where(name.value)) for name in Split}
     mixed = int((drawn.columns["partner"] >= 0).sum())
+    lengths = {f"{s:g}": int((drawn.columns["samples"] == round(s * SAMPLING_RATE)).sum()) for s in drawn.about["seconds"]}
     short = drawn.about["clips_too_short"]
     out.print(
-        f"{into}: {len(drawn)} views ({', '.join(f'{n} {s}' for s, n in counts.items())}), {mixed} of them mixtures"
+        f"{into}: {len(drawn)} views ({', '.join(f'{n} {s}' for s, n in counts.items())}), "
+        f"{', '.join(f'{n} of {s} s' for s, n in lengths.items())}, {mixed} of them mixtures"
         + (f"; {short} clips are shorter than {min_seconds} s and have none" if short else "")
     )
-    finish({"views": str(into), "count": len(drawn), **counts, "mixtures": mixed, "clips_too_short": short}, as_json)
+    result = {"views": str(into), "count": len(drawn), **counts, "seconds": lengths, "mixtures": mixed}
+    finish(result | {"clips_too_short": short}, as_json)
 
 
 @app.command()
@@ -437,19 +442,19 @@ def label(
     _join(distributed, coordinator, processes, process)
     the_bank, the_views = bank.Bank(bank_path), views.read(views_path)
     the_teacher = _teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision, output)
-    began = time.perf_counter()
+    before, began = None, time.perf_counter()
     with shown("label", "views") as report:
-        about = work.label(
-            the_bank,
-            the_views,
-            the_teacher,
-            into,
-            batch_size=batch_size,
-            force=force,
-            progress=lambda done, total, rate: report(done, total, views_per_second=rate),
-        )
+
+        def progress(done: int, total: int, rate: float) -> None:
+            nonlocal before
+            if before is None:  # first of all it tells what is there already
+                before = done
+            report(done, total, views_per_second=rate)
+
+        about = work.label(the_bank, the_views, the_teacher, into, batch_size=batch_size, force=force, progress=progress)
     seconds = time.perf_counter() - began
-    out.print(f"{into}: {about['count']} views labelled by {the_teacher.name} ({', '.join(the_teacher.dimensions)})")
+    earlier = f", {'all' if before == about['count'] else before} of them earlier" if before else ""
+    out.print(f"{into}: {about['count']} views labelled by {the_teacher.name} ({', '.join(the_teacher.dimensions)}){earlier}")
     out.print(f"  licence that a student inherits: {the_teacher.licence}")
     if the_teacher.stand_in:
         out.print("  this teacher is a stand-in: its values only imitate arousal, dominance and valence", style="yellow")
@@ -727,6 +732,8 @@ def predict(
     result = {"model": str(model), "files": len(files), "failures": failures, "rows": rows}
     finish(result | ({"stand_in": True} if stand_in else {}), as_json)
     if failures:
+        if len(files) == 1:  # its error is told already
+            raise typer.Exit(1)
         raise W2SError(f"{failures} of {len(files)} files could not be predicted")
 
 
@@ -1115,7 +1122,8 @@ def main() -> None:
             code = 2
         else:
             where = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
-            code = _fail(f"{error.format_message().rstrip('.')}{where}", 2)
+            message = error.format_message().rstrip(".").replace(": Value error, ", ": ")  # pydantic's word, for typer
+            code = _fail(f"{message}{where}", 2)
     except (typer.Abort, KeyboardInterrupt):
         code = _fail("stopped", 130)
     except W2SError as error:

@@ -554,6 +554,11 @@ def _end(clip: Clip) -> float:
     return math.inf if clip.end is None else clip.end
 
 
+def _first(found: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
 def _told(leaks: Sequence[tuple[Clip, Clip]], how: str = "by the content of their files") -> str:
     """What was found, in words, with counts and the first places."""
 
@@ -562,8 +567,7 @@ def _told(leaks: Sequence[tuple[Clip, Clip]], how: str = "by the content of thei
         return clip.name + (f" from {clip.start:g} s to {_end(clip):g} s" if segment else "") + f" ({clip.split})"
 
     def listed(pairs: Sequence[tuple[Clip, Clip]], between: str) -> str:
-        some = "; ".join(f"{told(clip)} {between} {told(other)}" for clip, other in pairs[:3])
-        return some + (f"; and {len(pairs) - 3} more" if len(pairs) > 3 else "")
+        return _first([f"{told(clip)} {between} {told(other)}" for clip, other in pairs])
 
     copies = [(clip, other) for clip, other in leaks if clip.name != other.name]
     segments = [(clip, other) for clip, other in leaks if clip.name == other.name]
@@ -612,17 +616,16 @@ def _digest(file: str, size: int, changed: int, whole: bool) -> str:
 
 def _warn_of_copies(clips: Sequence[Clip], recordings: Sequence[str]) -> None:
     first: dict[str, Clip] = {}
-    copies = {}
+    copies: dict[str, str] = {}
     for clip, recording in zip(clips, recordings, strict=True):
         original = first.setdefault(recording, clip)
         if os.path.normpath(clip.file) != os.path.normpath(original.file):
             copies[clip.file] = f"{clip.name} is {original.name}"
     if copies:
         some = "file has" if len(copies) == 1 else "files have"
-        more = "; …" if len(copies) > 1 else ""
         _warn(
-            f"{len(copies)} {some} the content of another file ({next(iter(copies.values()))}{more}); copies stay in one "
-            "split, and count as often as they are there"
+            f"{len(copies)} {some} the content of another file ({_first(list(copies.values()))}); copies stay in one split, "
+            "and count as often as they are there"
         )
 
 
