@@ -295,12 +295,12 @@ def count(file: str | Path, seconds: float = 5.0) -> dict:
     operands = {node.input[at] for node in products for at in _OPERANDS[node.op_type]}
     wanted = entering | operands | {node.output[0] for node in products}
     wanted -= {value.name for value in (*graph.input, *graph.output)} | set(stored)
-    names = [value.name for value in graph.output] + sorted(wanted)
+    outputs = [value.name for value in graph.output] + sorted(wanted)
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(wanted))
     session, path = open_session(model.SerializeToString())
     macs = 0
     for feed in _feeds(session, path, seconds):
-        values = dict(zip(names, _run(session, feed, file, names), strict=True)) | feed
+        values = dict(zip(outputs, _run(session, feed, file, outputs), strict=True)) | feed
         shapes = {name: np.shape(value) for name, value in values.items()} | {
             name: shape for name, (shape, _) in stored.items()
         }
@@ -680,9 +680,9 @@ def _noise(path: str, inputs: Sequence[tuple], seconds: float) -> dict[str, np.n
     return {name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
 
 
-def _run(session, feed: dict, file, names: list[str] | None = None) -> list:
+def _run(session, feed: dict, file, outputs: list[str] | None = None) -> list:
     try:
-        return session.run(names, feed)
+        return session.run(outputs, feed)
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise W2SError(f"{file} failed: {str(error).splitlines()[0]}") from error
 
