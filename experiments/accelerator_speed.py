@@ -39,8 +39,9 @@ import numpy as np
 import optax
 
 from w2s_jax import SAMPLING_RATE, models
-from w2s_jax.artifacts import UsageError, W2SError, write_json
+from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.feed import DeviceFeed
+from w2s_jax.files import write_json
 from w2s_jax.models.forms import CHOICES, DTYPES
 from w2s_jax.render import ROW, Recipe
 from w2s_jax.train import initial_state, train_step, train_steps

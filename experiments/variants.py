@@ -29,8 +29,9 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from w2s_jax.artifacts import UsageError, W2SError, write_atomic, write_json
 from w2s_jax.config import default
+from w2s_jax.errors import UsageError, W2SError
+from w2s_jax.files import write_atomic, write_json
 
 #: Fields that differ from the published network's, by the name of the variant.
 VARIANTS = {

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from w2s_jax import audio
-from w2s_jax.artifacts import FILES
+from w2s_jax.kinds import FILES
 from w2s_jax.runtime.predictor import CARRIED, SIGNAL, Pieces, in_pieces, open_session
 
 #: Reads the plan (a list of files and what they are fed), runs all of them in turn, and prints times and outputs.

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from w2s_jax import checkpoint, config, labels, views
-from w2s_jax.artifacts import W2SError
 from w2s_jax.bank import Bank
+from w2s_jax.errors import W2SError
 from w2s_jax.train import train
 
 STEPS = 12

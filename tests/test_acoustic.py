@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from w2s_jax.artifacts import UsageError
+from w2s_jax.errors import UsageError
 from w2s_jax.teachers import acoustic
 from w2s_jax.teachers.acoustic import AcousticTeacher
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2s_jax import audio, containers
-from w2s_jax.artifacts import UsageError
+from w2s_jax.errors import UsageError
 
 RATE = 16_000
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from w2s_jax import bank as banks
 from w2s_jax import corpora, render, teachers
 from w2s_jax import views as tables
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError
 from w2s_jax.bank import Bank, BankError, BankWarning
+from w2s_jax.errors import MismatchError, UsageError, W2SError
 
 
 def contents(directory):

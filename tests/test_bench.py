@@ -11,7 +11,7 @@ onnx = pytest.importorskip("onnx", reason="needs pip install 'w2s-jax[export]'")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from w2s_jax import bench  # noqa: E402
-from w2s_jax.artifacts import UsageError, W2SError  # noqa: E402
+from w2s_jax.errors import UsageError, W2SError  # noqa: E402
 
 
 def save(path, nodes, weights, shape=("batch", "time"), metadata=None, name="signal", outputs=("y",), own=()):

@@ -324,7 +324,7 @@ def test_a_teacher_is_compared_with_people(w2s, chain, corpus, checkpoints, tmp_
 
 
 def test_debug_shows_the_traceback(monkeypatch):
-    from w2s_jax.artifacts import UsageError
+    from w2s_jax.errors import UsageError
 
     monkeypatch.setattr(sys, "argv", ["w2s", "export", "/none", "--out", "/none/out", "--debug"])
     with pytest.raises(UsageError):

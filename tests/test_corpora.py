@@ -12,8 +12,7 @@ from conftest import voice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w2s_jax import artifacts, bank
-from w2s_jax.artifacts import UsageError, W2SError
+from w2s_jax import bank, files
 from w2s_jax.corpora import (
     CORPORA,
     Clip,
@@ -26,6 +25,7 @@ from w2s_jax.corpora import (
     find_leaks,
     read,
 )
+from w2s_jax.errors import UsageError, W2SError
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="links and any bytes in names")
 
@@ -283,7 +283,7 @@ def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
     with pytest.raises(UsageError, match=r"/dev/zero: it is no regular file"):
         read("csv", "/dev/zero")
     with pytest.raises(UsageError, match=r"labels\.json: it is no regular file"):
-        artifacts.read_json(tmp_path / "labels.json", "labels")
+        files.read_json(tmp_path / "labels.json", "labels")
     iemocap(tmp_path, sessions=[1])
     os.mkfifo(tmp_path / "Session1/dialog/EmoEvaluation/z.txt")
     with pytest.raises(UsageError, match=r"z\.txt: it is no regular file"):
@@ -297,14 +297,14 @@ def test_text_has_a_bound(tmp_path):
     with pytest.raises(UsageError, match=r"x\.csv is too large: 1,099,511,627,776 bytes; expected a CSV file of at most"):
         read("csv", tmp_path / "x.csv")
     with pytest.raises(UsageError, match=r"labels\.json is too large"):
-        artifacts.read_json(tmp_path / "labels.json", "labels")
+        files.read_json(tmp_path / "labels.json", "labels")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
     for name, message in (("deep", "not JSON"), ("latin", "not UTF-8")):
         with pytest.raises(W2SError, match=f"{name}.json is damaged: {message}"):
-            artifacts.read_json(tmp_path / f"{name}.json", "labels")
+            files.read_json(tmp_path / f"{name}.json", "labels")
     with pytest.raises(UsageError, match="it is a directory"):
-        artifacts.read_text(tmp_path, "a table")
+        files.read_text(tmp_path, "a table")
 
 
 def test_csv_unknown_columns_warn(tmp_path):

@@ -14,7 +14,7 @@ import onnx  # noqa: E402
 from test_export import make_student, speech  # noqa: E402
 
 from w2s_jax import checkpoint, machine  # noqa: E402
-from w2s_jax.artifacts import UsageError  # noqa: E402
+from w2s_jax.errors import UsageError  # noqa: E402
 from w2s_jax.export import direct, export_student, package  # noqa: E402
 from w2s_jax.export import onnx as graph  # noqa: E402
 from w2s_jax.runtime import Predictor  # noqa: E402

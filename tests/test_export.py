@@ -13,7 +13,8 @@ import onnx
 import pytest
 
 from w2s_jax import bench, checkpoint, config, label, labels, models, teachers, train
-from w2s_jax.artifacts import FILES, UsageError, W2SError
+from w2s_jax.errors import UsageError, W2SError
+from w2s_jax.kinds import FILES
 from w2s_jax.runtime import Predictor
 
 for package in ("tensorflow", "tf2onnx"):

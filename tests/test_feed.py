@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from w2s_jax import bank as banks
 from w2s_jax import config, corpora, feed
 from w2s_jax import train as training
-from w2s_jax.artifacts import UsageError
+from w2s_jax.errors import UsageError
 from w2s_jax.labels import Labels
 from w2s_jax.parallel import Layout, lay_out
 from w2s_jax.render import render_on_host

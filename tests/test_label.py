@@ -17,7 +17,7 @@ from conftest import save_toy_teacher, voice
 from w2s_jax import evaluate, render, teachers
 from w2s_jax import labels as store
 from w2s_jax import views as tables
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError
+from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.label import label
 from w2s_jax.teachers.onnx import OnnxTeacher
 
@@ -338,7 +338,7 @@ def test_a_teacher_with_a_doubt_does_not_label(bank, views, checkpoints, tmp_pat
 #: A process that takes one part of a directory and keeps it until its input ends.
 HOLDER = """
 import sys
-from w2s_jax.artifacts import Shares
+from w2s_jax.locks import Shares
 with Shares(sys.argv[1]) as shares:
     with shares.door():
         pass

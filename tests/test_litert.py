@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2s_jax import checkpoint
-from w2s_jax.artifacts import UsageError, W2SError
+from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.runtime import Predictor, litert
 
 pytest.importorskip("ai_edge_litert", reason="needs pip install 'w2s-jax[litert]'")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from w2s_jax import bench, machine
-from w2s_jax.artifacts import UsageError
+from w2s_jax.errors import UsageError
 from w2s_jax.runtime import Predictor
 from w2s_jax.teachers.onnx import OnnxTeacher
 
@@ -115,7 +115,7 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from w2s_jax import bench, machine
-from w2s_jax.artifacts import UsageError
+from w2s_jax.errors import UsageError
 from w2s_jax.runtime import Predictor
 from w2s_jax.runtime.predictor import open_session
 

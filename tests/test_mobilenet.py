@@ -15,8 +15,9 @@ from conftest import voice
 from golden.mobilenet import SEEDS, SIZES, image, weights
 from safetensors.numpy import save_file
 
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint
 from w2s_jax.convert import TIMM, load_timm, start, timm_trunk
+from w2s_jax.errors import MismatchError, UsageError, W2SError
+from w2s_jax.files import fingerprint
 from w2s_jax.models import build
 from w2s_jax.models.frontend import LogMel
 from w2s_jax.models.mobilenet import (

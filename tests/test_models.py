@@ -20,7 +20,7 @@ from conftest import voice
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from w2s_jax import checkpoint, convert, models
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError
+from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.models import forms, mobilenet
 from w2s_jax.models.frontend import LogMel, fourier_kernels, mel_matrix, normalise
 from w2s_jax.models.norm import BatchNorm

@@ -21,7 +21,7 @@ import pytest
 from jax import lax
 
 from w2s_jax import models
-from w2s_jax.artifacts import UsageError
+from w2s_jax.errors import UsageError
 from w2s_jax.models import native
 from w2s_jax.models.forms import trains_natively
 from w2s_jax.train import initial_state, train_step

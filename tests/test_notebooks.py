@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from w2s_jax import quickstart
-from w2s_jax.artifacts import MismatchError, write_json
+from w2s_jax.errors import MismatchError
+from w2s_jax.files import write_json
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 NAMES = ["01_predict", "02_distil", "03_design", "04_errors"]

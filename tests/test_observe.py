@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2s_jax import models, observe
-from w2s_jax.artifacts import UsageError, W2SError
+from w2s_jax.errors import UsageError, W2SError
 
 
 def lines(workdir: Path) -> list[dict]:

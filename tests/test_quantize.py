@@ -9,7 +9,7 @@ onnx = pytest.importorskip("onnx", reason="needs pip install 'w2s-jax[export]'")
 
 from conftest import voice  # noqa: E402
 
-from w2s_jax.artifacts import W2SError  # noqa: E402
+from w2s_jax.errors import W2SError  # noqa: E402
 from w2s_jax.export import export_student, quantize  # noqa: E402
 from w2s_jax.export import onnx as graph  # noqa: E402
 from w2s_jax.metrics import ccc  # noqa: E402

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError
+from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.runtime import Predictor
 from w2s_jax.runtime.session import open_session
 

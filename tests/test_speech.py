@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from w2s_jax import speech
-from w2s_jax.artifacts import UsageError
+from w2s_jax.errors import UsageError
 
 pytest.importorskip("espeakng_loader")
 TEXT = "The train was on time this morning."

@@ -36,7 +36,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import Wav2Vec2Config, WavLMConfig
 
 from w2s_jax import teachers
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError
+from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.teachers import ensemble, neural, wav2vec2, wavlm, weights
 
 KINDS = tuple(SMALL)

@@ -27,9 +27,10 @@ from safetensors.numpy import save_file
 from w2s_jax import checkpoint, config, convert, feed, metrics, models, teachers
 from w2s_jax import labels as store
 from w2s_jax import train as training
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint
+from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.evaluate import evaluate, predict_views
 from w2s_jax.export import package
+from w2s_jax.files import fingerprint
 from w2s_jax.label import label
 from w2s_jax.losses import ccc, distillation_loss
 from w2s_jax.views import draw

@@ -33,7 +33,7 @@ import soundfile
 import soxr
 
 from w2s_jax import SAMPLING_RATE, containers
-from w2s_jax.artifacts import UsageError, W2SError
+from w2s_jax.errors import UsageError, W2SError
 
 #: Sampling rates outside of this, in Hz, are taken for a damaged header (or a slip of the caller's).
 RATES = (1_000, 1_000_000)

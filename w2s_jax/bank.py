@@ -39,22 +39,15 @@ try:
     import pyarrow as pa
     import pyarrow.parquet as pq
 except ImportError as error:
-    from w2s_jax.artifacts import missing_extra
+    from w2s_jax.errors import missing_extra
 
     raise missing_extra("pyarrow", "train") from error
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, audio
-from w2s_jax.artifacts import (
-    MismatchError,
-    UsageError,
-    W2SError,
-    fingerprint,
-    locked,
-    read_json,
-    write_atomic,
-    write_json,
-)
 from w2s_jax.corpora import SPLITS, Clip, check_decoded, check_splits, fault
+from w2s_jax.errors import MismatchError, UsageError, W2SError
+from w2s_jax.files import fingerprint, read_json, write_atomic, write_json
+from w2s_jax.locks import locked
 
 #: Of bank.json and of the shards' tables. Banks of version 1 have no checksums, and are heard at the level that is stored.
 VERSION = 2

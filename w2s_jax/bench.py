@@ -26,8 +26,10 @@ from pathlib import Path
 import numpy as np
 
 from w2s_jax import SAMPLING_RATE, __version__, names
-from w2s_jax.artifacts import FILES, UsageError, W2SError, missing_extra, write_atomic, write_json
+from w2s_jax.errors import UsageError, W2SError, missing_extra
+from w2s_jax.files import write_atomic, write_json
 from w2s_jax.install import pip_install
+from w2s_jax.kinds import FILES
 from w2s_jax.machine import INTEGER_KINDS
 
 #: arXiv 2408.13920: 5 s of audio, ONNX, one Xeon; CCC on MSP-Podcast v1.7 Test1. Only what is public.
@@ -65,7 +67,7 @@ def make(
     Args:
         name, fields: as ``models.build`` takes them.
         directory: where the files go.
-        kinds: of ``artifacts.FILES``. Eight-bit ones are calibrated on noise: right in size and time, not in their
+        kinds: of ``kinds.FILES``. Eight-bit ones are calibrated on noise: right in size and time, not in their
             values.
 
     Returns:
@@ -389,7 +391,7 @@ def bench(
 
     Args:
         students: names, made with random weights.
-        models: model directories (all their files of ``artifacts.FILES`` and other ONNX files; what has other inputs than one
+        models: model directories (all their files of ``kinds.FILES`` and other ONNX files; what has other inputs than one
             waveform is left out, with a line) or files.
         out: where the files go; students' ONNX files go to ``models`` in it.
         kinds: of the students.
@@ -477,7 +479,7 @@ def slower(times: Mapping[str, float]) -> str | None:
 
 
 def _found(directory: Path) -> list[Path]:
-    """The models in a directory: those of ``artifacts.FILES`` in its order, then other ONNX files."""
+    """The models in a directory: those of ``kinds.FILES`` in its order, then other ONNX files."""
     own = [directory / name for name in FILES.values() if (directory / name).is_file()]
     return own + sorted(set(directory.glob("*.onnx")) - set(own), key=lambda file: (len(file.name), file.name))  # fp32 first
 

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from w2s_jax import SAMPLING_RATE, __version__, models
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint, read_json, write_atomic, write_json
 from w2s_jax.devices import computing
+from w2s_jax.errors import MismatchError, UsageError, W2SError
+from w2s_jax.files import fingerprint, read_json, write_atomic, write_json
 from w2s_jax.names import check_dimensions, line
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

@@ -34,7 +34,8 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from w2s_jax import SAMPLING_RATE, __version__
-from w2s_jax.artifacts import FILES, UsageError, W2SError, missing_extra
+from w2s_jax.errors import UsageError, W2SError, missing_extra
+from w2s_jax.kinds import FILES
 
 HELP = {"help_option_names": ["-h", "--help"]}
 

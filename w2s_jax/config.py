@@ -9,11 +9,11 @@ from pathlib import Path
 try:
     from ml_collections import ConfigDict
 except ImportError as error:
-    from w2s_jax.artifacts import missing_extra
+    from w2s_jax.errors import missing_extra
 
     raise missing_extra("ml_collections", "train") from error
 
-from w2s_jax.artifacts import UsageError
+from w2s_jax.errors import UsageError
 
 
 def default(student: str = "wav2small") -> ConfigDict:

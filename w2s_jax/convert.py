@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint
 from w2s_jax.checkpoint import check_arrays, differences, refuse, unwrapped
 from w2s_jax.devices import computing
+from w2s_jax.errors import MismatchError, UsageError, W2SError
+from w2s_jax.files import fingerprint
 from w2s_jax.models import RUNNING, mobilenet
 from w2s_jax.models.frontend import MEL_FLOOR
 from w2s_jax.models.mobilenet import Architecture, Bottleneck, Conv, Fused, MobileNetStudent, Separable, Trunk, Universal

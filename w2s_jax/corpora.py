@@ -26,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE
-from w2s_jax.artifacts import UsageError, W2SError, fingerprint, open_regular
 from w2s_jax.audio import printable
+from w2s_jax.errors import UsageError, W2SError
+from w2s_jax.files import fingerprint, open_regular
 
 SPLITS = ("train", "validation", "test")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.experimental
 
-from w2s_jax.artifacts import UsageError
+from w2s_jax.errors import UsageError
 
 
 @contextlib.contextmanager

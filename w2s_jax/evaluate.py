@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint, metrics
-from w2s_jax.artifacts import MismatchError, UsageError, write_atomic, write_json
 from w2s_jax.bank import Bank
 from w2s_jax.devices import computing
+from w2s_jax.errors import MismatchError, UsageError
+from w2s_jax.files import write_atomic, write_json
 from w2s_jax.labels import Labels
 from w2s_jax.render import render_on_host
 from w2s_jax.runtime import Predictor

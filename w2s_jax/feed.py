@@ -19,8 +19,8 @@ import numpy as np
 from jax import Array
 
 from w2s_jax import SAMPLING_RATE
-from w2s_jax.artifacts import UsageError, missing_extra
 from w2s_jax.bank import Bank
+from w2s_jax.errors import UsageError, missing_extra
 from w2s_jax.parallel import Layout
 from w2s_jax.render import ROW, Recipe, mix, pieces, recipes, render, rows
 from w2s_jax.views import Views

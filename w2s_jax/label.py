@@ -16,9 +16,11 @@ import jax
 import numpy as np
 
 from w2s_jax import __version__, labels
-from w2s_jax.artifacts import MismatchError, Shares, W2SError, read_json, write_json
 from w2s_jax.bank import Bank
 from w2s_jax.devices import computing
+from w2s_jax.errors import MismatchError, W2SError
+from w2s_jax.files import read_json, write_json
+from w2s_jax.locks import Shares
 from w2s_jax.render import render_on_host
 from w2s_jax.teachers import Teacher, hear, provenance
 from w2s_jax.views import RENDERING, Views

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint, read_json, write_atomic
+from w2s_jax.errors import MismatchError, UsageError, W2SError
+from w2s_jax.files import fingerprint, read_json, write_atomic
 from w2s_jax.views import RENDERING, Views
 
 #: Views in a shard: what a kill can cost at most.

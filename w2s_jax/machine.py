@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from w2s_jax.artifacts import UsageError
+from w2s_jax.errors import UsageError
 
 #: Kinds that multiply unsigned 8-bit activations by signed weights, in onnxruntime and in other engines.
 INTEGER_KINDS = ("int8", "qdq", "int8-int4")

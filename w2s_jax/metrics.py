@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from w2s_jax.artifacts import W2SError
+from w2s_jax.errors import W2SError
 
 
 class MetricError(W2SError):

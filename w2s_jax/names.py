@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from w2s_jax.artifacts import W2SError
+from w2s_jax.errors import W2SError
 
 #: Characters of the name of a dimension, and of a line that describes something.
 LONGEST, LONGEST_LINE = 64, 500

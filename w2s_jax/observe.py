@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from w2s_jax import models
-from w2s_jax.artifacts import UsageError, W2SError, write_atomic
+from w2s_jax.errors import UsageError, W2SError
+from w2s_jax.files import write_atomic
 
 #: Peak dense FLOP/s of one JAX device: what ``device_kind`` matches, float32 as XLA computes it by default, bfloat16 (None: no
 #: unit for it). By default XLA multiplies float32 in TF32 on NVIDIA's Ampere and later, in one bfloat16 pass on TPUs

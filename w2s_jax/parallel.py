@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from w2s_jax.artifacts import UsageError, W2SError
+from w2s_jax.errors import UsageError, W2SError
 
 #: The name of the axis of all devices, under pmap and in the mesh.
 AXIS = "batch"

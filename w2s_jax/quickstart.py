@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from w2s_jax import SAMPLING_RATE, config, corpora, export, label, labels, speech, teachers, train, views
-from w2s_jax.artifacts import MismatchError, read_json, write_atomic
 from w2s_jax.bank import Bank
 from w2s_jax.bank import build as build_bank
+from w2s_jax.errors import MismatchError
 from w2s_jax.evaluate import evaluate
+from w2s_jax.files import read_json, write_atomic
 from w2s_jax.install import program
 from w2s_jax.runtime import Predictor
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from w2s_jax.artifacts import UsageError, W2SError, fingerprint, missing_extra, read_json, write_atomic
+from w2s_jax.errors import UsageError, W2SError, missing_extra
+from w2s_jax.files import fingerprint, read_json, write_atomic
 
 COLUMNS = ("file", "start", "end", "split", "speaker", "arousal", "dominance", "valence")
 

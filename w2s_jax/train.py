@@ -34,12 +34,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from w2s_jax import __version__, checkpoint, convert, metrics, models, observe
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint, locked, read_json, write_json
 from w2s_jax.bank import Bank
 from w2s_jax.devices import computing
+from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.evaluate import predict_views
 from w2s_jax.feed import Batches, DeviceFeed, HostFeed, divide, plan, stack
+from w2s_jax.files import fingerprint, read_json, write_json
 from w2s_jax.labels import Labels
+from w2s_jax.locks import locked
 from w2s_jax.losses import distillation_loss
 from w2s_jax.models import forms, native
 from w2s_jax.parallel import PARALLEL, first, gathered, lay_out, meet, together

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from w2s_jax import SAMPLING_RATE
-from w2s_jax.artifacts import MismatchError, UsageError, W2SError, fingerprint, write_atomic
 from w2s_jax.bank import Bank
 from w2s_jax.corpora import SPLITS
+from w2s_jax.errors import MismatchError, UsageError, W2SError
+from w2s_jax.files import fingerprint, write_atomic
 
 #: Column → numpy type. ``partner`` is -1 where nothing is mixed in; ``offset`` counts samples from the clip's beginning.
 COLUMNS = {

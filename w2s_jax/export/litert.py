@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from w2s_jax.artifacts import W2SError
+from w2s_jax.errors import W2SError
 from w2s_jax.export.onnx import LOGITS, SIGNAL, as_tensorflow, quiet
 from w2s_jax.runtime.litert import CHECKSUM, MEMBER, checksum, read
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from w2s_jax.artifacts import UsageError, W2SError, missing_extra
+from w2s_jax.errors import UsageError, W2SError, missing_extra
 from w2s_jax.install import pip_install
 from w2s_jax.runtime.predictor import open_session
 

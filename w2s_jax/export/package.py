@@ -16,13 +16,15 @@ import jax
 import numpy as np
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE, __version__, checkpoint, machine, models
-from w2s_jax.artifacts import FILES, UsageError, W2SError, write_atomic
 from w2s_jax.devices import computing
+from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.export import direct, litert
 from w2s_jax.export import onnx as graph
 from w2s_jax.export.compact import compact
 from w2s_jax.export.deploy import BLOCK, deploy, in_chunks
 from w2s_jax.export.quantize import COVERAGE, quantize
+from w2s_jax.files import write_atomic
+from w2s_jax.kinds import FILES
 from w2s_jax.metrics import ccc
 from w2s_jax.names import line, markdown
 from w2s_jax.runtime import Predictor
@@ -91,7 +93,7 @@ def export_student(
             which then sets no ranges.
         progress: called with a line of text at each step.
         min_ccc: the least CCC with fp32, in every dimension, of a kind that rounds.
-        kinds: keys of ``artifacts.FILES``, or "all" that this student can have; "fp32" is always among them, as it is what the
+        kinds: keys of ``kinds.FILES``, or "all" that this student can have; "fp32" is always among them, as it is what the
             others are held against. Default: ``DEFAULT``, without "int8" if there is no calibration audio.
         weight_bits: of the weights of "int8", "qdq" and "int8-int4" (the latter's convolutions). 7 are right on every
             processor. 8 are for ARM and x86 with VNNI, which files, card and report say: elsewhere their sums overflow, and
@@ -231,7 +233,7 @@ def build(
     """One kind of a student.
 
     Args:
-        kind: a key of ``artifacts.FILES``.
+        kind: a key of ``kinds.FILES``.
         student, variables: the student.
         fp32: its graph, of ``fp32_graph``; not changed.
         facts: what the file says of itself besides its kind.

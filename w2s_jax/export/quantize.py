@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from w2s_jax.artifacts import W2SError
+from w2s_jax.errors import W2SError
 from w2s_jax.export.onnx import SIGNAL, drop_dead, run, session
 from w2s_jax.metrics import ccc
 

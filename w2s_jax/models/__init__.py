@@ -9,13 +9,13 @@ try:
     import jax
     import jax.numpy as jnp
 except ImportError as error:
-    from w2s_jax.artifacts import missing_extra
+    from w2s_jax.errors import missing_extra
 
     raise missing_extra(error.name or "jax", "train") from error
 
 from w2s_jax import SAMPLING_RATE
-from w2s_jax.artifacts import UsageError
 from w2s_jax.devices import computing
+from w2s_jax.errors import UsageError
 from w2s_jax.models.cnn14 import CNN14
 from w2s_jax.models.forms import RUNNING  # noqa: F401 (part of the API)
 from w2s_jax.models.frontend import PRESETS  # noqa: F401 (part of the API)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from w2s_jax.artifacts import UsageError
+from w2s_jax.errors import UsageError
 from w2s_jax.models import native
 from w2s_jax.models.forms import Dense, FormedConvolution, check_running, trains_natively
 from w2s_jax.models.frontend import LogMel, normalise

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from w2s_jax.artifacts import W2SError, missing_extra
+from w2s_jax.errors import W2SError, missing_extra
 
 #: Where a file's facts are: in a zip archive behind the network, as TensorFlow Lite's "associated files" are.
 MEMBER = "w2s_jax.json"

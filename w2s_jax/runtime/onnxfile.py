@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Iterator
 
-from w2s_jax.artifacts import W2SError
+from w2s_jax.errors import W2SError
 
 #: Elements of the largest tensor that constants of a graph may ask for: 128 MB of float32.
 LARGEST = 1 << 25

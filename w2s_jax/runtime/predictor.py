@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from w2s_jax import SAMPLING_RATE
-from w2s_jax.artifacts import FILES, MismatchError, UsageError, W2SError, read_json
+from w2s_jax.errors import MismatchError, UsageError, W2SError
+from w2s_jax.files import read_json
+from w2s_jax.kinds import FILES
 from w2s_jax.names import check_dimensions, line
 from w2s_jax.runtime import litert
 from w2s_jax.runtime.session import one_line, open_session, out_of_memory, shrinking

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from w2s_jax import machine
-from w2s_jax.artifacts import UsageError, W2SError
+from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.names import line
 from w2s_jax.runtime import onnxfile
 

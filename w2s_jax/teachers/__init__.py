@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from w2s_jax import SAMPLING_RATE, metrics
-from w2s_jax.artifacts import UsageError, missing_extra
+from w2s_jax.errors import UsageError, missing_extra
 
 #: What ``load`` understands, with a line for --help.
 NAMES = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE
-from w2s_jax.artifacts import UsageError, fingerprint
+from w2s_jax.errors import UsageError
+from w2s_jax.files import fingerprint
 
 #: Raised when the code below changes what the rule says; labels carry it in their fingerprint.
 VERSION = 1

@@ -13,8 +13,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE
-from w2s_jax.artifacts import UsageError, W2SError, fingerprint
 from w2s_jax.devices import computing
+from w2s_jax.errors import UsageError, W2SError
+from w2s_jax.files import fingerprint
 from w2s_jax.teachers import weights
 
 #: What both models are built like; transformers' Flax modules know no other normalisation, and take the epsilon of the

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from w2s_jax import SAMPLING_RATE, machine
-from w2s_jax.artifacts import UsageError, W2SError, fingerprint, missing_extra
+from w2s_jax.errors import UsageError, W2SError, missing_extra
+from w2s_jax.files import fingerprint
 from w2s_jax.names import check_dimensions, line
 from w2s_jax.runtime.predictor import LOGITS
 from w2s_jax.runtime.session import one_line, open_session

@@ -23,7 +23,7 @@ from transformers.models.wav2vec2.modeling_flax_wav2vec2 import (
 )
 
 from w2s_jax import DIMENSIONS
-from w2s_jax.artifacts import UsageError
+from w2s_jax.errors import UsageError
 from w2s_jax.teachers import weights
 from w2s_jax.teachers.neural import BUILD, NeuralTeacher, frames, valid
 

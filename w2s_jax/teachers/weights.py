@@ -12,8 +12,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from w2s_jax.artifacts import UsageError, W2SError, fingerprint, missing_extra, read_json
 from w2s_jax.checkpoint import differences, refuse, unwrapped
+from w2s_jax.errors import UsageError, W2SError, missing_extra
+from w2s_jax.files import fingerprint, read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

@@ -11,19 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from w2s_jax import artifacts
-from w2s_jax.artifacts import W2SError, write_atomic
+from w2s_jax import files
+from w2s_jax.errors import W2SError
+from w2s_jax.files import write_atomic
 
 #: A process that writes ``new`` over ``old`` and is killed before its nth event of the file system; EXCHANGE=0 is a system
 #: without renameat2.
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-from w2s_jax import artifacts
+from w2s_jax import files
 
 kind, path, fatal, exchange = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if exchange == "0":
-    artifacts._exchange = lambda one, other: False
+    files._exchange = lambda one, other: False
 
 def write(temporary):
     if kind == "file":
@@ -43,7 +44,7 @@ def kill(event, arguments):
         if count == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(kill)
-artifacts.write_atomic(path, write)
+files.write_atomic(path, write)
 """
 
 
@@ -60,13 +61,13 @@ def test_a_kill_between_any_two_system_calls_leaves_the_old_or_the_new(tmp_path,
         path = place / "model"
         write_atomic(path, lambda t: t.write_text("old") if kind == "file" else fill(t, "old"))
         child = subprocess.run([sys.executable, "-c", WRITER, kind, path, str(fatal), str(exchange)], check=False)
-        artifacts.mend(path)
+        files.mend(path)
         seen.append(content(path))
         assert seen[-1] in ({"old"}, {"new"})
         if child.returncode == 0:
             break
         assert child.returncode == -signal.SIGKILL
-        artifacts._swept.discard(place)
+        files._swept.discard(place)
         write_atomic(path, lambda t: t.write_text("newest") if kind == "file" else fill(t, "newest"))
         assert content(path) == {"newest"}
         assert os.listdir(place) == ["model"]  # what the killed process left is gone
@@ -97,7 +98,7 @@ def test_nobody_elses_files_are_removed(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_many_writers_at_once_leave_one_whole_result_and_readers_see_only_whole_ones(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(artifacts, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     path, texts, bad = tmp_path / "views", [str(writer) * 100_000 for writer in range(8)], []
     write_atomic(path, lambda t: t.write_text(texts[0]))
 
@@ -127,7 +128,7 @@ def test_many_writers_at_once_leave_one_whole_result_and_readers_see_only_whole_
 def test_the_temporary_place_of_a_living_process_is_left_alone(tmp_path):
     def write(temporary: Path) -> None:
         temporary.write_text("slow")
-        code = "import sys; from w2s_jax.artifacts import write_json; write_json(sys.argv[1], {})"
+        code = "import sys; from w2s_jax.files import write_json; write_json(sys.argv[1], {})"
         subprocess.run([sys.executable, "-c", code, tmp_path / "other.json"], check=True)  # sweeps the same directory
         assert temporary.exists()
 
