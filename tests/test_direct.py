@@ -62,8 +62,10 @@ def test_variants(variant, waves, tmp_path):
             np.testing.assert_allclose(found, reference, atol=2e-5)
             predictor._pieces._tokens = 7  # many pieces
             np.testing.assert_allclose(list(predictor(waves[-1]).values()), reference[-1], atol=2e-5)
-        else:  # seven bits of random weights are a fifth of the spread off and more, a wrong tap or channel all of it
-            assert np.abs(found - reference).mean() < 0.4 * spread, kind
+        else:  # seven bits of random weights are a fifth of the spread off, a wrong tap or channel all of it
+            assert np.abs(found - reference).mean() < 0.25 * spread, kind
+            shift = (found - reference)[::2].mean(axis=0)  # of the waves that it was calibrated on
+            np.testing.assert_allclose(shift, 0, atol=1e-5)
     assert ("chunked" in package.kinds_of(student)) == (variant not in ("mean", "statistics"))
     assert ("int8-int4" in package.kinds_of(student)) == (variant in ("attention", "stride"))
 

@@ -367,6 +367,18 @@ def average_pool(model) -> None:
                 node.input[:] = [x]
 
 
+def add_to_output_bias(model, shift: np.ndarray) -> None:
+    """Add float32 [outputs] to the bias of the dense layer that gives the logits."""
+    (last,) = (node for node in model.graph.node if LOGITS in node.output)
+    if last.op_type != "Gemm":
+        raise W2SError(f"the graph ends in {last.op_type}; expected a dense layer (Gemm)")
+    if len(last.input) == 2:
+        last.input.append("")
+    bias = _constants(model)[last.input[2]] if last.input[2] else 0.0
+    _set_constant(model, last, 2, (bias + shift).astype(np.float32))
+    drop_dead(model)
+
+
 def drop_dead(model) -> None:
     """Remove nodes and constants that no output needs, and every name that only tf2onnx needed."""
     needed = {value.name for value in model.graph.output}
