@@ -559,12 +559,15 @@ def train(
 
     WORKDIR gets config.json, metrics.jsonl, TensorBoard events, checkpoints, and the best student in student/. Ctrl-C and
     SIGTERM write a last checkpoint (exit code 130 and 143); the same command goes on from it. With more --set steps, a run,
-    finished or not, goes on with the learning rates that the schedule over so many steps has from there on. Processes that
+    finished or not, goes on with the learning rates that the schedule over so many steps has from there on; without, a run that
+    is there keeps its number of steps. Processes that
     are joined (--distributed, or --coordinator with --processes and --process) share WORKDIR; each reads only its part of the
     bank.
     """
     config, bank, views, labels, work = (heavy(name, "train") for name in ("config", "bank", "views", "labels", "train"))
     experiment_config = config.load(experiment, settings or [])
+    if not experiment.partition(":")[0].endswith(".py") and not any(text.startswith("steps=") for text in settings or []):
+        experiment_config.steps = work.planned_steps(workdir, experiment_config.steps)
     if parallel:
         experiment_config.parallel = parallel.value
     if bank_placement:

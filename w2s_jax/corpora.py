@@ -783,7 +783,8 @@ def _seconds(text: str) -> float | None:
 def _check_directory(source: Path, what: str) -> None:
     if not source.is_dir():
         found = "is not a directory" if source.exists() else "does not exist"
-        raise UsageError(f"{printable(source)} {found}; expected {what}")
+        way = " (--corpus csv reads a table)" if source.suffix.lower() in (".csv", ".tsv") else ""
+        raise UsageError(f"{printable(source)} {found}; expected {what}{way}")
 
 
 def _choice(option: str, value: object, choices: Sequence[str]) -> None:

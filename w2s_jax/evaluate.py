@@ -212,7 +212,10 @@ def evaluate_teacher(
         (bank.clips["split"] == split) & np.isfinite(ratings).all(axis=1) & (bank.clips["samples"] >= SHORTEST)
     )
     if len(clips) < 2:
-        raise UsageError(f"the {split} split has {len(clips)} rated clips; a CCC needs two at least")
+        raise UsageError(
+            f"the {split} split has {len(clips)} rated clips; a CCC needs two at least: choose another --split, or build the bank "
+            "from a corpus with ratings (--corpus csv, msp-podcast or iemocap)"
+        )
     limit = round(longest * SAMPLING_RATE)
     samples = np.minimum(bank.clips["samples"][clips], limit)
     predicted, done = np.empty((len(clips), len(names))), 0

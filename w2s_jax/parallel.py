@@ -171,14 +171,19 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-    """Within it, what XLA says when another process has gone is told as an error that says so.
+    """Turn two of XLA's errors into such as say what to do: memory that does not suffice, and another process that has gone.
 
     Raises:
-        W2SError: names this process, and what to do.
+        W2SError: names what ran out, or this process, and what to do.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        if re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE):
+            raise W2SError(
+                f"{what}: a step needs more memory than there is ({str(error).splitlines()[0][:200]}); set a smaller batch_size, or "
+                "accumulate=N, which computes the same batch in N parts"
+            ) from error
         gone = re.search("gloo|nccl|connection|unavailable|heartbeat|deadline|coordination|peer", str(error), re.IGNORECASE)
         if jax.process_count() == 1 or not gone:
             raise

@@ -275,8 +275,12 @@ def train(
             "there is one validation view, and a CCC compares how values vary: it needs two at least. Draw more of each clip "
             "(w2s views draw --eval-per-clip), or build the bank with more validation clips"
         )
-    if config.steps < 1 or config.batch_size < 2 or config.eval_every < 1 or config.log_every < 1:
-        raise UsageError("expected steps ≥ 1, batch_size ≥ 2 (CCC belongs to a set), eval_every ≥ 1, log_every ≥ 1")
+    for name, least in (("steps", 1), ("batch_size", 2), ("eval_every", 1), ("log_every", 1)):
+        if config[name] < least:
+            raise UsageError(f"{name} is {config[name]}; expected at least {least}" + " (CCC belongs to a set)" * (least == 2))
+    for name in ("learning_rate", "weight_decay", "clip_norm", "l2"):
+        if not 0 <= config[name] < float("inf") or (config[name] == 0 and name in ("learning_rate", "clip_norm")):
+            raise UsageError(f"{name} is {config[name]}; expected a number above 0" + ", or 0" * (name in ("weight_decay", "l2")))
     if not 0 < config.crop <= 1:
         raise UsageError(f"crop is the share of a view that a step hears, above 0 and at most 1; got {config.crop}")
     if config.parallel not in PARALLEL:
@@ -287,6 +291,14 @@ def train(
         stop = contexts.enter_context(_signals())
         contexts.enter_context(together(str(workdir)))
         return _Run(config, bank, views, labels, workdir, training, stop, profile, progress, say).run()
+
+
+def planned_steps(workdir: str | os.PathLike, otherwise: int) -> int:
+    """How many steps the run in a directory is to have; ``otherwise`` where there is none."""
+    path = Path(workdir) / "config.json"
+    config = read_json(path, "run").get("config") if path.is_file() else None
+    steps = config.get("steps") if isinstance(config, dict) else None
+    return steps if isinstance(steps, int) else otherwise
 
 
 class _Run:
@@ -357,6 +369,9 @@ class _Run:
         }
         #: What ``config.steps`` was when this run was last worked on.
         self.steps_before = config["steps"]
+        for file, what in (("plan.json", "a bank or labels"), ("bank.json", "a bank"), ("export.json", "a model directory")):
+            if (self.workdir / file).exists():
+                raise UsageError(f"{self.workdir} is {what} (it has {file}); choose another --workdir")
         path = self.workdir / "config.json"
         if not path.exists():
             return
@@ -374,6 +389,8 @@ class _Run:
         def shown(keys: list[str]) -> str:
             return "; ".join(f"{key.removeprefix('computed.')}: {there.get(key)} there, {now.get(key)} now" for key in keys)
 
+        if differing and "config.student" in there and not any((self.workdir / "checkpoints").glob("[0-9]*")):
+            return  # it ended before its first checkpoint, so there is nothing to lose
         if differing:
             made = f", made by w2s_jax {there.get('w2s_jax')}," if "numerics" in differing else ""
             raise MismatchError(

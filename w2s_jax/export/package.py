@@ -23,7 +23,7 @@ from w2s_jax.export import onnx as graph
 from w2s_jax.export.compact import compact
 from w2s_jax.export.deploy import BLOCK, deploy, in_chunks
 from w2s_jax.export.quantize import COVERAGE, quantize
-from w2s_jax.files import write_atomic
+from w2s_jax.files import read_json, write_atomic
 from w2s_jax.kinds import FILES
 from w2s_jax.metrics import ccc
 from w2s_jax.names import line, markdown
@@ -122,6 +122,7 @@ def export_student(
     out = Path(out).resolve()
     if out.exists() and not (out / REPORT).exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not a model directory (it has no {REPORT}); choose another place")
+    _check_replaceable(out)
     student, variables, config = checkpoint.load_student(run_or_student_dir)
     source = Path(run_or_student_dir)
     if (source / "student" / checkpoint.CONFIG).exists():
@@ -189,6 +190,9 @@ def export_student(
     report["files"]["README.md"] = len(files["README.md"])
     report["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[REPORT] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
+    gone = sorted(path.name for path in out.iterdir() if path.name not in files) if out.is_dir() else []
+    if gone:
+        say(f"{out} is replaced; no longer there: {', '.join(gone)}")
     write_atomic(out, functools.partial(_write, files))
     say(f"wrote {out}")
     return report
@@ -332,8 +336,31 @@ def _chosen(kinds: Sequence[str] | None, student, calibrated: bool) -> tuple[lis
         if kind not in possible:
             raise _impossible(student, kind)
         if kind not in EXACT and not calibrated:
-            raise UsageError(f"the kind {kind} rounds, and has to be judged on real audio: give calibration audio")
+            raise UsageError(
+                f"the kind {kind} rounds, and has to be judged on real audio: give calibration audio (--calibration BANK)"
+            )
     return list(dict.fromkeys(["fp32", *kinds])), {}
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse to replace a model directory in which somebody has put something else.
+
+    Raises:
+        UsageError: names what is neither of the last export nor of an evaluation.
+    """
+    if not out.is_dir():
+        return
+    report = read_json(out / REPORT, "model") if (out / REPORT).exists() else {}
+    written = {*(report.get("files") or ()), REPORT, *FILES.values()}
+    others = sorted(
+        path.name for path in out.iterdir() if path.name not in written and not re.fullmatch(r"eval_\w+\.(json|png)", path.name)
+    )
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UsageError(
+            f"{out} would be replaced as a whole, and holds what no export wrote ({line(', '.join(others[:3]))}{more}); move it "
+            "away, or choose another place"
+        )
 
 
 def _write(files: dict[str, bytes], directory: Path) -> None:
@@ -589,7 +616,8 @@ print(predictor(wave, 16000))  # {{{outputs}}}
 ```
 
 Input `signal`, float32 `[1, time]`, any length from {facts["minimum_samples"]} samples on; output `logits`,
-`[1, {len(dimensions)}]`, not clipped. The network normalises each recording, so its level does not matter.
+`[1, {len(dimensions)}]`, not clipped. The network normalises each recording, so its level does not matter, unless it is close to
+silence (root mean square below about 0.005).
 
 | kind | for | file | size | right on | how far it is off | CCC against fp32 | time | peak memory |
 |---|---|---|---|---|---|---|---|---|

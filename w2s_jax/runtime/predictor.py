@@ -26,6 +26,8 @@ CARRIED, NEXT = ("state", "first", "last"), "next"
 NORM_EPSILON = 1e-7
 #: Samples that are worked on at a time where a whole recording need not be.
 BLOCK = 1 << 18
+#: Larger samples are refused: the mean of their squares, which the network divides by, would overflow float32.
+LOUDEST = 1e15
 #: Samples from which on a call gives its memory back, which would be kept for calls to come: 30 s.
 LONG = 30 * SAMPLING_RATE
 #: The shortest input where the file does not say: one STFT frame of Wav2Small.
@@ -136,7 +138,7 @@ class Predictor:
                 network's rate, such as ``w2s_jax.audio.blocks`` gives, of which no more than two windows and one block are
                 ever held.
             sampling_rate: of ``wave``, in Hz; blocks must be at the network's.
-            window, hop: in seconds.
+            window, hop: in seconds; ``w2s predict`` has the window for a hop unless told otherwise.
 
         Returns:
             An iterator of (start, end, values), start and end in seconds.
@@ -234,6 +236,7 @@ class Predictor:
 
     def _prepared(self, wave: np.ndarray, sampling_rate: int) -> np.ndarray:
         """Check, mix down, resample: → float32 [T] at the network's rate."""
+        path = isinstance(wave, str | os.PathLike)
         wave = np.asarray(wave)
         if wave.ndim == 2 and wave.shape[0] in (1, 2) and wave.shape[0] <= wave.shape[1]:
             wave = _checked(wave.reshape(-1), 0, wave.shape[1]).reshape(wave.shape).mean(axis=0)
@@ -245,7 +248,8 @@ class Predictor:
                 f"expected one recording, [T] or [2, T], got {list(wave.shape)}: {ways}, or call for each clip of a batch"
             )
         else:
-            raise UsageError(f"expected a waveform [T], [1, T] or [2, T], got {list(wave.shape)}")
+            given = "a path: read the file first (w2s_jax.audio.load, soundfile.read)" if path else list(wave.shape)
+            raise UsageError(f"expected a waveform [T], [1, T] or [2, T], got {given}")
         if sampling_rate != self.sampling_rate:
             if not sampling_rate > 0:
                 raise UsageError(f"expected a sampling rate in Hz, got {sampling_rate}")
@@ -399,6 +403,8 @@ def _model_file(path: Path, kind: str | None) -> Path:
         if not file.is_file():
             there = [known for known, name in FILES.items() if (path / name).is_file()]
             instead = f"; its kinds are: {', '.join(there)}" if there else ""
+            if (path / "student").is_dir() or (path / "model.safetensors").is_file() and not there:
+                instead = f"; it is a run or a student: w2s export {path} --out MODEL makes a model of it"
             raise UsageError(f"no model in {path} (it has no {file.name}){instead}")
         return file
     if not path.exists():
@@ -419,6 +425,8 @@ def _checked(wave: np.ndarray, position: int, row: int | None = None) -> np.ndar
         if not finite.all():
             first = start + int(finite.argmin())
             raise W2SError(f"sample {position + (first % row if row else first)} is {wave[first]}, expected finite samples")
+        if max(-wave[start : start + BLOCK].min(), wave[start : start + BLOCK].max()) > LOUDEST:
+            raise W2SError(f"samples are larger than {LOUDEST:g}, whose squares overflow; expected about -1..1")
     return wave
 
 
