@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,26 @@ DAMAGES = {
     "a bit of clips.parquet": ("clips.parquet", lambda path: flipped(path, 8 * 500)),
     "a bit of bank.json": ("bank.json", lambda path: flipped(path, 8 * 70)),
 }
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    clips = folder_of(tmp_path / "corpus", 3)
+    blocks = banks.audio.blocks
+
+    def changing(file, *times):
+        for block in blocks(file, *times):
+            if Path(file).name == "1.wav":
+                soundfile.write(file, voice(0.6, 7), 16_000, subtype="PCM_16")
+            yield block
+
+    with monkeypatch.context() as patched:
+        patched.setattr(banks.audio, "blocks", changing)
+        with pytest.warns(BankWarning, match="validation split"):
+            about = banks.build(clips, tmp_path / "bank")
+    assert (about["clips"], about["failures"]) == (2, 1)
+    assert '1.wav,"the file was changed while it was read;' in (tmp_path / "bank" / "failures.csv").read_text()
+    assert banks.build(clips, tmp_path / "bank") == banks.build(clips, tmp_path / "fresh")
+    np.testing.assert_allclose(Bank(tmp_path / "bank").wave(1), voice(0.6, 7), atol=2**-15)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -346,7 +367,7 @@ def test_a_truncated_file_stays_with_what_could_be_read_and_is_listed(tmp_path):
 def test_a_split_whose_clips_all_fail_is_said(tmp_path):
     clips = folder_of(tmp_path / "corpus", 3)
     soundfile.write(clips[1].file, np.zeros(16_000, np.int16), 16_000)
-    with pytest.warns(banks.BankWarning, match="validation split.*empty"):
+    with pytest.warns(BankWarning, match="validation split.*empty"):
         about = banks.build(clips, tmp_path / "bank")
     assert (about["clips"], about["failures"]) == (2, 1)
 
@@ -382,7 +403,8 @@ def test_a_clip_that_is_too_long_for_int32_is_a_failure(tmp_path, monkeypatch):
     clips = folder_of(tmp_path / "corpus", 2)
     soundfile.write(tmp_path / "corpus" / "1.wav", voice(2.0, 1), 16_000, subtype="PCM_16")
     monkeypatch.setattr(banks, "LONGEST", 16_000)
-    about = banks.build(clips, tmp_path / "bank")
+    with pytest.warns(BankWarning, match="no clip of the validation split"):
+        about = banks.build(clips, tmp_path / "bank")
     assert (about["clips"], about["failures"]) == (1, 1)
     assert "1.wav,longer than 37 hours" in (tmp_path / "bank" / "failures.csv").read_text()
 

@@ -883,3 +883,26 @@ def test_the_command_line_takes_an_output_by_its_name(tmp_path, capsys, monkeypa
         cli.main()
     assert ended.value.code == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["dimensions"] == list("abcdefgh")
+
+
+@pytest.mark.parametrize("perm", [None, [1, 0]])
+@pytest.mark.parametrize("width", [2, 3])
+def test_labels_are_never_read_across_the_batch(tmp_path, width, perm):
+    import onnx
+    from onnx import TensorProto, helper
+
+    path = tmp_path / "teacher.onnx"
+    nodes = [helper.make_node("ReduceMean", ["signal"], ["mean"], axes=[1], keepdims=1)]
+    nodes += [helper.make_node("Concat", ["mean"] * width, ["rows"], axis=1)]
+    nodes += [helper.make_node("Transpose", ["rows"], ["scores"], perm=perm or [0, 1])]
+    signal = helper.make_tensor_value_info("signal", TensorProto.FLOAT, ["batch", "time"])
+    scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", width] if perm is None else [width, "batch"])
+    graph = helper.make_graph(nodes, "teacher", [signal], [scores])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    names = tuple("abc"[:width])
+    if perm:
+        with pytest.raises(UsageError, match=r"a teacher's output is \[batch, K\]; got \["):
+            teachers.load(f"onnx:{path}", dimensions=names)
+    else:
+        labels = teachers.load(f"onnx:{path}", dimensions=names)(np.full((4, 800), [[1], [2], [3], [4]], np.float32))
+        np.testing.assert_allclose(labels, np.repeat([[1], [2], [3], [4]], width, axis=1))

@@ -238,6 +238,60 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(finished, run
         training.train(config.load("wav2small", TINY), bank, views, labels, finished)
 
 
+def test_a_runs_description_is_checked(finished, bank, views, labels):
+    path, tiny = finished / "config.json", config.load("wav2small", TINY)
+    whole = path.read_text()
+    path.write_text(whole.replace('"data_shards": 1', '"data_shards": 2'))
+    with pytest.raises(W2SError, match=r"config\.json is damaged, or was changed by hand"):
+        training.train(tiny, bank, views, labels, finished)
+    path.unlink()
+    with pytest.raises(UsageError, match=r"has checkpoints, but no config\.json"):
+        training.train(tiny, bank, views, labels, finished)
+    about = json.loads(whole)
+    del about["checksum"]  # as 0.1 wrote it
+    path.write_text(json.dumps(about))
+    assert training.train(tiny, bank, views, labels, finished)["steps"] == 12
+
+
+@pytest.mark.parametrize("damage", ["a byte more", "no weights", "nothing"])
+def test_a_damaged_student_is_made_again(finished, run, bank, views, labels, damage):
+    weights = finished / "student" / "model.safetensors"
+    if damage == "nothing":
+        shutil.rmtree(weights.parent)
+    elif damage == "no weights":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes() + b"x")
+    with pytest.warns(UserWarning, match="so the best student, of step .* is lost, and that of the last step is kept"):
+        summary = training.train(config.load("wav2small", TINY), bank, views, labels, finished)
+    about = checkpoint.load_student(finished)[2]
+    assert about["step"] == summary["best_step"] == 12
+    assert training.train(config.load("wav2small", TINY), bank, views, labels, finished)["best_step"] == 12
+
+
+def test_without_its_log_a_finished_run_still_has_a_summary(finished, run, bank, views, labels):
+    (finished / "metrics.jsonl").write_text("")
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl has no line of the 12 steps that are done"):
+        assert training.train(config.load("wav2small", TINY), bank, views, labels, finished)["best_step"] == run[1]["best_step"]
+
+
+def test_what_is_no_place_for_a_run_is_refused(finished, bank, views, labels, labels_path, tmp_path):
+    tiny = config.load("wav2small", TINY)
+    for place in (bank.path, labels_path):
+        with pytest.raises(UsageError, match="is a bank or labels.*choose another --workdir"):
+            training.train(tiny, bank, views, labels, place)
+    shutil.rmtree(finished / "checkpoints")  # it never came to one: other settings may have the place
+    for change, said in (
+        ("learning_rate=-1.0", "learning_rate is -1"),
+        ("steps=0", "steps is 0"),
+        ("l2=-0.1", "above 0, or 0"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            training.train(config.load("wav2small", [*TINY, change]), bank, views, labels, tmp_path / "none")
+    shorter = config.load("wav2small", [*TINY, "steps=2", "eval_every=2", "learning_rate=0.001"])
+    assert training.train(shorter, bank, views, labels, finished)["steps"] == 2
+
+
 def test_no_flipped_bit_comes_back_silently(tmp_path):
     tree = {"state": {"a": np.random.default_rng(0).normal(size=(30, 40)).astype(np.float32), "step": np.array(2, np.int32)}}
     best = {"step": 1, "ccc": {"mean": 0.5}}
@@ -300,6 +354,7 @@ def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(finished, run,
 def test_a_resume_with_another_code_or_kernel_is_told(finished, bank, views, labels, monkeypatch):
     path = finished / "config.json"
     about = json.loads(path.read_text())
+    del about["checksum"]
     path.write_text(json.dumps(about | {"computed": about["computed"] | {"kernel": "abacus"}, "w2s_jax": "0.0.1"}))
     with pytest.warns(UserWarning, match=r"kernel: abacus there, \w+ now\); it goes on, but will not end bit for bit"):
         training.train(config.load("wav2small", TINY), bank, views, labels, finished)

@@ -367,7 +367,7 @@ def _is_old(table_path: Path) -> bool:
 def _make(out: Path, number: int, clips: Sequence[Clip], decoded: Iterator[_Decoded], step: Callable) -> _Shard:
     """Write the next shard, of as many of ``clips`` as go into one."""
     samples_path, table_path = _files(out, number)
-    rows, shard = [], _Shard(_SCHEMA.empty_table(), 0, [])
+    rows, made_of, shard = [], [], _Shard(_SCHEMA.empty_table(), 0, [])
 
     def save(path: Path) -> None:
         offset = 0
@@ -375,6 +375,7 @@ def _make(out: Path, number: int, clips: Sequence[Clip], decoded: Iterator[_Deco
             file.write(_header(0))
             for index, clip in enumerate(clips):
                 wave = next(decoded)
+                made_of.append(wave.source)
                 read = wave.samples is not None
                 shard.problems += [_Problem(index, clip.name, reason, read) for reason in wave.reasons]
                 for warning in wave.warnings:
@@ -396,7 +397,7 @@ def _make(out: Path, number: int, clips: Sequence[Clip], decoded: Iterator[_Deco
 
     write_atomic(samples_path, save)
     shard.table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-    told = json.dumps(shard.facts(_plan(clips[: shard.clips])), ensure_ascii=False)
+    told = json.dumps(shard.facts(fingerprint(VERSION, made_of)), ensure_ascii=False)
     table = shard.table.replace_schema_metadata({"w2s": told})
     write_atomic(table_path, lambda path: pq.write_table(table, path))  # last: its presence says that the shard is whole
     return shard
@@ -477,6 +478,7 @@ class _Decoded:
     count: int = 0
     scale: float = 1.0
     sum: str = ""
+    source: list = field(default_factory=list)  # what it was made of, as ``_identity`` has it
     reasons: list[str] = field(default_factory=list)
     warnings: list[Warning] = field(default_factory=list)
 
@@ -555,7 +557,7 @@ class _Decoder:
                 self._waited()
 
     def _decode(self, clip: Clip, stop: threading.Event) -> _Decoded:
-        out = _Decoded()
+        out = _Decoded(source=_identity(clip))
         low = high = 0.0
         samples = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=self._scratch)  # noqa: SIM115 (closed by the shard's writer)
         blocks = audio.blocks(clip.file, clip.start, clip.end)
@@ -567,7 +569,7 @@ class _Decoder:
                         raise BankError("longer than 37 hours; cut it into segments (start and end in a CSV)")
                 except (W2SError, OSError) as error:
                     samples.close()
-                    return _Decoded(reasons=[str(error)])
+                    return _Decoded(source=out.source, reasons=[str(error)])
                 if block is None:
                     break
                 if stop.is_set():
@@ -578,9 +580,12 @@ class _Decoder:
                 out.count += len(block)
                 with self._lock:
                     self.samples += len(block)
-        if reason := fault(clip, out.count, silent=low == high):
+        reason = fault(clip, out.count, silent=low == high)
+        if _identity(clip) != out.source:
+            reason = "the file was changed while it was read; build again, when it is at rest"
+        if reason:
             samples.close()
-            return _Decoded(reasons=[reason])
+            return _Decoded(source=out.source, reasons=[reason])
         out.reasons = [f"read in part: {w}" for w in noticed if isinstance(w, audio.TruncatedAudioWarning)]
         out.warnings = noticed
         out.samples, out.scale = samples, _scale(low, high)

@@ -213,8 +213,8 @@ def evaluate_teacher(
     )
     if len(clips) < 2:
         raise UsageError(
-            f"the {split} split has {len(clips)} rated clips; a CCC needs two at least: choose another --split, or build the bank "
-            "from a corpus with ratings (--corpus csv, msp-podcast or iemocap)"
+            f"the {split} split has {len(clips)} rated clips; a CCC needs two at least: choose another --split, or build the "
+            "bank from a corpus with ratings (--corpus csv, msp-podcast or iemocap)"
         )
     limit = round(longest * SAMPLING_RATE)
     samples = np.minimum(bank.clips["samples"][clips], limit)

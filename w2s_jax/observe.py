@@ -69,6 +69,8 @@ class Log:
         lines, lost = _lines(self._path)
         if lost:
             warnings.warn(f"{self._path} is damaged: {lost} lines of it cannot be read and are left out", stacklevel=2)
+        if done and not lines:
+            warnings.warn(f"{self._path} has no line of the {done} steps that are done", stacklevel=2)
         kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= done)
         write_atomic(self._path, lambda temporary: temporary.write_text(kept, encoding="utf-8"))
         with _told(self._path):

@@ -181,8 +181,8 @@ def together(what: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE):
             raise W2SError(
-                f"{what}: a step needs more memory than there is ({str(error).splitlines()[0][:200]}); set a smaller batch_size, or "
-                "accumulate=N, which computes the same batch in N parts"
+                f"{what}: a step needs more memory than there is ({str(error).splitlines()[0][:200]}); set a smaller "
+                "batch_size, or accumulate=N, which computes the same batch in N parts"
             ) from error
         gone = re.search("gloo|nccl|connection|unavailable|heartbeat|deadline|coordination|peer", str(error), re.IGNORECASE)
         if jax.process_count() == 1 or not gone:

@@ -278,9 +278,9 @@ def train(
     for name, least in (("steps", 1), ("batch_size", 2), ("eval_every", 1), ("log_every", 1)):
         if config[name] < least:
             raise UsageError(f"{name} is {config[name]}; expected at least {least}" + " (CCC belongs to a set)" * (least == 2))
-    for name in ("learning_rate", "weight_decay", "clip_norm", "l2"):
-        if not 0 <= config[name] < float("inf") or (config[name] == 0 and name in ("learning_rate", "clip_norm")):
-            raise UsageError(f"{name} is {config[name]}; expected a number above 0" + ", or 0" * (name in ("weight_decay", "l2")))
+    for name, zero in (("learning_rate", False), ("clip_norm", False), ("weight_decay", True), ("l2", True)):
+        if not (0 < config[name] < float("inf") or (zero and config[name] == 0)):
+            raise UsageError(f"{name} is {config[name]}; expected a number above 0{', or 0' * zero}")
     if not 0 < config.crop <= 1:
         raise UsageError(f"crop is the share of a view that a step hears, above 0 and at most 1; got {config.crop}")
     if config.parallel not in PARALLEL:
@@ -372,13 +372,21 @@ class _Run:
         for file, what in (("plan.json", "a bank or labels"), ("bank.json", "a bank"), ("export.json", "a model directory")):
             if (self.workdir / file).exists():
                 raise UsageError(f"{self.workdir} is {what} (it has {file}); choose another --workdir")
-        path = self.workdir / "config.json"
+        path, begun = self.workdir / "config.json", any((self.workdir / "checkpoints").glob("[0-9]*"))
         if not path.exists():
+            if begun:
+                raise UsageError(
+                    f"{self.workdir} has checkpoints, but no {path.name} that says of what run; choose another --workdir, or "
+                    "put it back"
+                )
             return
         before = read_json(path, "run")
         version = before.get("version", 1)
         if version != VERSION:
             raise UsageError(f"{path} has version {version}, expected {VERSION}; another version of w2s_jax made this run")
+        expected = fingerprint({**before, "checksum": None})
+        if before.pop("checksum", expected) != expected:  # runs of 0.1 have none
+            raise W2SError(f"{path} is damaged, or was changed by hand: its checksum is not right; choose another --workdir")
         there, now = _flat(before), _flat(self.about)
         there.setdefault("numerics", 1)  # runs of 0.1 do not say
         differing = [key for key in there | now if there.get(key) != now.get(key)]
@@ -389,7 +397,7 @@ class _Run:
         def shown(keys: list[str]) -> str:
             return "; ".join(f"{key.removeprefix('computed.')}: {there.get(key)} there, {now.get(key)} now" for key in keys)
 
-        if differing and "config.student" in there and not any((self.workdir / "checkpoints").glob("[0-9]*")):
+        if differing and "config.student" in there and not begun:
             return  # it ended before its first checkpoint, so there is nothing to lose
         if differing:
             made = f", made by w2s_jax {there.get('w2s_jax')}," if "numerics" in differing else ""
@@ -423,7 +431,7 @@ class _Run:
         if done > steps:
             raise UsageError(f"{self.workdir} has {done} steps behind it, more than steps={steps}; set steps to more than that")
         if self.first:
-            write_json(self.workdir / "config.json", self.about)
+            write_json(self.workdir / "config.json", self.about | {"checksum": fingerprint({**self.about, "checksum": None})})
         if self.say and steps != self.steps_before:
             self.say(
                 f"the run was to have {self.steps_before} steps and now has {steps}: it goes on from step {done} with the "
@@ -457,6 +465,7 @@ class _Run:
             if saved:
                 trees, best = saved
                 state, self.frontend = trees["state"], trees.get("frontend", self.frontend)
+                best = self.best(best)
             done = self.begun = int(state.step)
             self.note(done)
             dispatch = self.dispatcher(groups)
@@ -466,6 +475,8 @@ class _Run:
             units = jax.process_count() if jax.default_backend() == "cpu" else len(self.layout.devices)
             self.limit = peak and peak * units
             with observe.Log(self.workdir, done, active=self.first) as self.log:
+                if done and not best["step"]:
+                    best = self.evaluate(state, done, best)
                 waiting = None  # a dispatch whose figures were not looked at: the next one is given out first
                 for dispatched in dispatch(state, done):
                     if waiting:
@@ -486,7 +497,8 @@ class _Run:
                         raise Interrupted(self.stopped, done, self.workdir)
             seconds = time.perf_counter() - self.began if self.began else 0.0
         if self.first:
-            observe.plot(self.workdir)
+            with contextlib.suppress(UsageError):  # no line is left of a finished run, which was said
+                observe.plot(self.workdir)
         return {
             "student": str(self.workdir / "student"),
             "steps": config.steps,
@@ -605,6 +617,19 @@ class _Run:
         self.log.write("train", end, figures)
         if self.progress:
             self.progress(end, self.config.steps, loss=figures["loss"], **speed)
+
+    def best(self, saved: dict) -> dict:
+        """What is known of the student in student/: ``saved``, unless the student was made again since, or is damaged."""
+        try:
+            about = checkpoint.load_student(self.workdir / "student")[2]
+        except W2SError as error:
+            if self.first and saved["step"]:
+                warnings.warn(
+                    f"{error}; so the best student, of step {saved['step']}, is lost, and that of the last step is kept",
+                    stacklevel=2,
+                )
+            return {"step": 0, "ccc": None}
+        return {"step": about["step"], "ccc": about.get("validation_ccc")}
 
     def evaluate(self, state: State, step: int, best: dict) -> dict:
         """CCC of the averaged weights on the validation views; a better student than the best so far is kept."""

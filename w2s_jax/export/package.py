@@ -358,8 +358,8 @@ def _check_replaceable(out: Path) -> None:
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UsageError(
-            f"{out} would be replaced as a whole, and holds what no export wrote ({line(', '.join(others[:3]))}{more}); move it "
-            "away, or choose another place"
+            f"{out} would be replaced as a whole, and holds what no export wrote ({line(', '.join(others[:3]))}{more}); move "
+            "it away, or choose another place"
         )
 
 
@@ -616,8 +616,8 @@ print(predictor(wave, 16000))  # {{{outputs}}}
 ```
 
 Input `signal`, float32 `[1, time]`, any length from {facts["minimum_samples"]} samples on; output `logits`,
-`[1, {len(dimensions)}]`, not clipped. The network normalises each recording, so its level does not matter, unless it is close to
-silence (root mean square below about 0.005).
+`[1, {len(dimensions)}]`, not clipped. The network normalises each recording, so its level does not matter, unless it is close
+to silence (root mean square below about 0.005).
 
 | kind | for | file | size | right on | how far it is off | CCC against fp32 | time | peak memory |
 |---|---|---|---|---|---|---|---|---|

@@ -77,6 +77,8 @@ class OnnxTeacher:
         self.dimensions = check_dimensions(dimensions or named, "the caller" if dimensions else f"the metadata of {path}")
         self._output = self._chosen(path, output)
         outputs = self._run(np.zeros((1, self._length or SAMPLING_RATE), np.float32)).shape[1]
+        # more waves than one tell [batch, K] from its transpose, unless they are K
+        self._run(np.zeros((3 if outputs == 2 else 2, self._length or SAMPLING_RATE), np.float32))
         if not self.dimensions:
             raise UsageError(f"{path} does not name its {outputs} outputs; name them: --dimensions {','.join('abc'[:outputs])}")
         if outputs != len(self.dimensions):
@@ -110,9 +112,11 @@ class OnnxTeacher:
             output = np.asarray(self._session.run([self._output], {self._input: shaped})[0], np.float32)
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise W2SError(f"the teacher failed on {list(shaped.shape)}: {one_line(error)}") from error
-        if output.size % len(waves) or output.ndim > 2:
+        if output.ndim == 1:  # [K] of one wave, or one value of each
+            output = output.reshape((1, -1) if len(waves) == 1 else (-1, 1))
+        if output.ndim != 2 or len(output) != len(waves):
             raise UsageError(f"a teacher's output is [batch, K]; got {list(output.shape)} for a batch of {len(waves)}")
-        return output.reshape(len(waves), -1)
+        return output
 
     def __call__(self, waves: np.ndarray) -> np.ndarray:
         waves = np.ascontiguousarray(waves, np.float32)
