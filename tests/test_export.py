@@ -496,10 +496,15 @@ def test_the_command_measures_beside_a_yardstick(small, tmp_path):
 def test_export_replaces_models_only(small, tmp_path, monkeypatch):
     monkeypatch.setattr(package, "PARITY_LENGTHS", ())
     (tmp_path / "model").mkdir()
-    for name in ("export.json", "left.over"):
+    for name in ("export.json", "notes.txt", "eval_test.json", "model.qdq.onnx"):
         (tmp_path / "model" / name).touch()
-    export_student(small, tmp_path / "model")
-    assert not (tmp_path / "model" / "left.over").exists()
+    with pytest.raises(UsageError, match=r"would be replaced as a whole, and holds what no export wrote \(notes.txt\)"):
+        export_student(small, tmp_path / "model")
+    (tmp_path / "model" / "notes.txt").unlink()
+    lines = []
+    export_student(small, tmp_path / "model", progress=lines.append)
+    assert f"{tmp_path / 'model'} is replaced; no longer there: eval_test.json, model.qdq.onnx" in lines
+    assert not (tmp_path / "model" / "model.qdq.onnx").exists()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1").touch()
     with pytest.raises(UsageError, match="thesis exists and is not a model directory"):

@@ -23,7 +23,7 @@ from w2s_jax.export import onnx as graph
 from w2s_jax.export.compact import compact
 from w2s_jax.export.deploy import BLOCK, deploy, in_chunks
 from w2s_jax.export.quantize import COVERAGE, quantize
-from w2s_jax.files import read_json, write_atomic
+from w2s_jax.files import write_atomic
 from w2s_jax.kinds import FILES
 from w2s_jax.metrics import ccc
 from w2s_jax.names import line, markdown
@@ -350,11 +350,9 @@ def _check_replaceable(out: Path) -> None:
     """
     if not out.is_dir():
         return
-    report = read_json(out / REPORT, "model") if (out / REPORT).exists() else {}
-    written = {*(report.get("files") or ()), REPORT, *FILES.values()}
-    others = sorted(
-        path.name for path in out.iterdir() if path.name not in written and not re.fullmatch(r"eval_\w+\.(json|png)", path.name)
-    )
+    written = {*FILES.values(), checkpoint.WEIGHTS, checkpoint.CONFIG, "model.yaml", "README.md", REPORT}
+    evaluation = r"eval_\w+\.(json|png)"  # w2s eval puts it beside the model; of a new one it would be wrong
+    others = sorted(path.name for path in out.iterdir() if path.name not in written and not re.fullmatch(evaluation, path.name))
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UsageError(
