@@ -10,7 +10,7 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="needs pip install 'w2s-jax[export]'")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from w2s_jax import bench  # noqa: E402
+from w2s_jax import bench, machine, measure  # noqa: E402
 from w2s_jax.errors import UsageError, W2SError  # noqa: E402
 
 
@@ -171,10 +171,10 @@ def test_measure(toy, tmp_path):
         shape=(1, 32_000),
     )
     seen = []
-    figures = bench.measure(
+    figures = measure.measure(
         {"plain": plain, "wide": wide}, 5.0, runs=5, progress=lambda done, total: seen.append((done, total))
     )
-    assert seen[-1] == (2 * (5 + bench.PROCESSES),) * 2
+    assert seen[-1] == (2 * (5 + measure.PROCESSES),) * 2
     for label, file in (("plain", plain), ("wide", wide)):
         row = figures[label]
         assert set(row) == {"engine", "bytes", "milliseconds", "p95_milliseconds", "real_time_factor", "peak_memory"}
@@ -198,7 +198,7 @@ class Clock:
 
     def ready(self, file, seconds, threads, engine):
         if (file, engine) not in self.takes:
-            raise bench._NotForOpenVINO("no such operators")
+            raise measure._NotForOpenVINO("no such operators")
         rounds = iter(self.takes[file, engine])
 
         def run():
@@ -213,13 +213,15 @@ def test_engines_and_a_yardstick_take_turns(toy, own, tmp_path, monkeypatch):
         ("peer", "onnxruntime"): [9, 3, 1, 2],
     }  # fmt: skip
     clock = Clock(takes)
-    monkeypatch.setattr(bench, "_ready", clock.ready)
-    monkeypatch.setattr(bench, "_has_openvino", lambda: True)
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(measure, "_load", clock.ready)
+    monkeypatch.setattr(measure, "_has_openvino", lambda: True)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock.now)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "peer").write_bytes(b"12345")
     said = []
-    figures = bench.measure({"a": toy, "b": own}, 5.0, 3, memory=False, against="peer", engines=bench.ENGINES, say=said.append)
+    figures = measure.measure(
+        {"a": toy, "b": own}, 5.0, 3, memory=False, against="peer", engines=measure.ENGINES, message=said.append
+    )
     found = {label: (row["engine"], row["milliseconds"], row["ratio"]) for label, row in figures.items()}
     assert found == {  # by hand: the median of 1/3, 2/1, 3/2 is 1.5, though both medians are 2
         "a": ("onnxruntime", 2000, 1.5), "a openvino": ("openvino", 1000, 0.5), "b": ("onnxruntime", 4000, 2),
@@ -232,14 +234,14 @@ def test_engines_and_a_yardstick_take_turns(toy, own, tmp_path, monkeypatch):
 def test_a_tflite_file_runs_in_its_own_engine(tmp_path, monkeypatch):
     file = tmp_path / "model.tflite"
     file.write_bytes(b"1234")
-    monkeypatch.setattr(bench, "_ready", Clock({(file, "onnxruntime"): [0] * 3}).ready)
-    monkeypatch.setattr(bench, "_has_openvino", lambda: True)
-    row = bench.measure({"lite": file}, runs=2, engines=bench.ENGINES)["lite"]
+    monkeypatch.setattr(measure, "_load", Clock({(file, "onnxruntime"): [0] * 3}).ready)
+    monkeypatch.setattr(measure, "_has_openvino", lambda: True)
+    row = measure.measure({"lite": file}, runs=2, engines=measure.ENGINES)["lite"]
     assert (row["engine"], row["bytes"], row["peak_memory"]) == ("litert", 4, None)
 
 
 def test_a_yardstick_that_is_measured_anyway(toy, own):
-    figures = bench.measure({"toy": toy, "own": own}, 0.2, 3, memory=False, against=str(toy))
+    figures = measure.measure({"toy": toy, "own": own}, 0.2, 3, memory=False, against=str(toy))
     assert list(figures) == ["toy", "own"]
     assert figures["toy"]["ratio"] == 1
     assert figures["own"]["ratio"] > 0
@@ -248,7 +250,7 @@ def test_a_yardstick_that_is_measured_anyway(toy, own):
 def test_openvino(toy, own, tmp_path):
     pytest.importorskip("openvino", reason="needs pip install 'w2s-jax[openvino]'")
     said = []
-    figures = bench.measure({"toy": toy, "own": own}, 1.0, 3, engines=("openvino",), against=own, say=said.append)
+    figures = measure.measure({"toy": toy, "own": own}, 1.0, 3, engines=("openvino",), against=own, message=said.append)
     assert {label: row["engine"] for label, row in figures.items()} == {"toy openvino": "openvino", "own": "onnxruntime"}
     assert figures["toy openvino"]["ratio"] > 0
     if figures["toy openvino"]["peak_memory"] is not None:
@@ -257,19 +259,19 @@ def test_openvino(toy, own, tmp_path):
     assert "com.microsoft.QLinearConv" in line
     assert "only onnxruntime has" in line
     with pytest.raises(UsageError, match="none of 1 files runs in openvino"):
-        bench.measure({"own": own}, 1.0, 3, engines=("openvino",))
+        measure.measure({"own": own}, 1.0, 3, engines=("openvino",))
     (tmp_path / "model.tflite").write_bytes(own.read_bytes())
-    with pytest.raises(bench._NotForOpenVINO, match="LiteRT"):
-        bench._ready(tmp_path / "model.tflite", 1.0, 1, "openvino")
+    with pytest.raises(measure._NotForOpenVINO, match="LiteRT"):
+        measure._load(tmp_path / "model.tflite", 1.0, 1, "openvino")
     with pytest.raises(UsageError, match="no such file"):
-        bench.measure({"none": tmp_path / "none.onnx"}, engines=("openvino",))
+        measure.measure({"none": tmp_path / "none.onnx"}, engines=("openvino",))
     two = save(tmp_path / "two.onnx", [("Abs", ["signal"], "y", {})], {}, shape=(1, 2, 3, 4))
     with pytest.raises(UsageError, match="expected one float input"):
-        bench.measure({"two": two}, engines=("openvino",))
+        measure.measure({"two": two}, engines=("openvino",))
 
 
 def test_the_empty_model_is_one():
-    onnx.checker.check_model(onnx.load_from_string(bench.EMPTY))
+    onnx.checker.check_model(onnx.load_from_string(measure.EMPTY))
 
 
 @pytest.fixture
@@ -290,9 +292,9 @@ def mine(toy, tmp_path):
 
 def test_files_that_bench_writes(toy, mine, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs pip install 'w2s-jax[train]'")
-    monkeypatch.setattr(bench, "PROCESSES", 1)
+    monkeypatch.setattr(measure, "PROCESSES", 1)
     said, only = [], ["onnxruntime"]
-    table = bench.bench([], [mine, toy], tmp_path / "out", seconds=1.6, runs=2, engines=only, say=said.append)
+    table = bench.bench([], [mine, toy], tmp_path / "out", seconds=1.6, runs=2, engines=only, message=said.append)
     assert [(row["model"], row["kind"], row["engine"], row["parameters"], row["ccc"]) for row in table] == [
         ("mine", "fp32", "onnxruntime", 72659, 0.65), ("mine", "int8", "onnxruntime", 72659, 0.65),
         ("toy.onnx", None, "onnxruntime", 604, None),
@@ -318,8 +320,8 @@ def test_what_bench_says_of_kinds_engines_and_a_yardstick(toy, own, mine, tmp_pa
     (mine / "model.odd").write_bytes(own.read_bytes())
     takes = {"model.onnx": 2e-3, "model.int8.onnx": 3e-3, "model.odd": 1e-3, "toy.onnx": 4e-3}
 
-    def measured(files, *_, against, engines, say, **others):
-        rows = [(bench._label(label, engine), engine, file) for label, file in files.items() for engine in engines]
+    def measured(files, *_, against, engines, **others):
+        rows = [(measure.label_in(label, engine), engine, file) for label, file in files.items() for engine in engines]
         rows = [row for row in rows if row[0] != f"{mine / 'model.odd'} openvino"] + [(str(against), "onnxruntime", against)]
         figures = dict.fromkeys(("bytes", "p95_milliseconds", "real_time_factor", "peak_memory"), 1)
         return {
@@ -328,10 +330,10 @@ def test_what_bench_says_of_kinds_engines_and_a_yardstick(toy, own, mine, tmp_pa
         }
 
     monkeypatch.setattr(bench, "measure", measured)
-    monkeypatch.setattr(bench, "_has_openvino", lambda: True)
-    monkeypatch.setattr(bench, "machine", lambda engines: " and ".join(sorted(engines)))
+    monkeypatch.setattr(measure, "_has_openvino", lambda: True)
+    monkeypatch.setattr(machine, "describe", lambda engines: " and ".join(sorted(engines)))
     said = []
-    table = bench.bench([], [mine], tmp_path / "out", engines=bench.ENGINES, against=toy, say=said.append)
+    table = bench.bench([], [mine], tmp_path / "out", engines=measure.ENGINES, against=toy, message=said.append)
     assert [(row["model"], row["kind"], row["engine"], row["ratio"]) for row in table] == [
         ("mine", "int8", "onnxruntime", 0.75), ("mine", "int8", "openvino", 0.75),
         ("mine", "fp32", "onnxruntime", 0.5), ("mine", "fp32", "openvino", 0.5),
@@ -354,7 +356,7 @@ def test_the_command(toy, mine, tmp_path, monkeypatch):
 
     from w2s_jax import cli
 
-    monkeypatch.setattr(bench, "PROCESSES", 1)
+    monkeypatch.setattr(measure, "PROCESSES", 1)
     arguments = ["--model", mine, "--against", toy, "--engine", "onnxruntime", "--out", tmp_path / "out", "--runs", 2, "--json"]
     result = CliRunner().invoke(cli.app, ["bench", *map(str, arguments)])
     assert result.exit_code == 0, result.output
@@ -370,7 +372,7 @@ def test_the_papers_figures_stand_beside():
         | {"model": "wav2small", "kind": "int8", "milliseconds": 6.4}
         | bench._published("wav2small")
     )
-    cells = dict(zip(bench.headings(row), bench.shown(row), strict=True))
+    cells = dict(zip(bench.headings(row), bench.format_row(row), strict=True))
     assert cells["ms"] == "6.40"
     assert cells["peak MB"] == "–"
     assert cells["paper says"] == "0.4 GMAC; 120 kB; 9 MB; 9 ms; CCC A 0.66, V 0.37"
@@ -380,9 +382,9 @@ def test_what_cannot_be_measured(toy, tmp_path, monkeypatch):
     two = save(tmp_path / "two.onnx", [("Abs", ["signal"], "y", {})], {}, shape=(1, 2, 3, 4))
     (tmp_path / "torn.onnx").write_bytes(toy.read_bytes()[:100])
     with pytest.raises(UsageError, match=r"expected one float input.*signal tensor\(float\) \[1, 2, 3, 4\]"):
-        bench.measure({"two": two}, memory=False)
+        measure.measure({"two": two}, memory=False)
     with pytest.raises(UsageError, match="no such file"):
-        bench.measure({"none": tmp_path / "none.onnx"}, memory=False)
+        measure.measure({"none": tmp_path / "none.onnx"}, memory=False)
     with pytest.raises(UsageError, match="no such file"):
         bench.bench([], [tmp_path / "none.onnx"], tmp_path / "out")
     (tmp_path / "folder").mkdir()
@@ -395,11 +397,11 @@ def test_what_cannot_be_measured(toy, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="unknown kind fp8"):
         bench.make("wav2small", {}, tmp_path, kinds=("fp8",))
     with pytest.raises(UsageError, match="runs >= 1"):
-        bench.measure({"toy": toy}, runs=0)
+        measure.measure({"toy": toy}, runs=0)
     with pytest.raises(UsageError, match="unknown engine torch; there are: onnxruntime, openvino"):
-        bench.measure({"toy": toy}, engines=("torch",))
+        measure.measure({"toy": toy}, engines=("torch",))
     with pytest.raises(UsageError, match="no such file"):
-        bench.measure({"toy": toy}, memory=False, against=tmp_path / "none.onnx")
+        measure.measure({"toy": toy}, memory=False, against=tmp_path / "none.onnx")
     with pytest.raises(UsageError, match="no such file"):  # before any export
         bench.bench(["wav2small"], [], tmp_path / "out", against=tmp_path / "none.onnx")
     monkeypatch.setitem(sys.modules, "openvino", None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from w2s_jax import bench, machine
+from w2s_jax import bench, machine, measure
 from w2s_jax.errors import UsageError
 from w2s_jax.runtime import Predictor
 from w2s_jax.teachers.onnx import OnnxTeacher
@@ -98,9 +98,9 @@ def test_bench_leaves_one_such_file_of_a_directory_out_and_says_so(tmp_path, mon
     toy(model / "model.onnx", {"kind": "fp32"})
     toy(model / "model.int8.onnx", FILES["8 bits"][0])
     monkeypatch.setattr(machine, "saturates", lambda: True)
-    monkeypatch.setattr(bench, "PROCESSES", 1)
+    monkeypatch.setattr(measure, "PROCESSES", 1)
     said = []
-    rows = bench.bench([], [model], tmp_path / "out", seconds=0.1, runs=1, engines=["onnxruntime"], say=said.append)
+    rows = bench.bench([], [model], tmp_path / "out", seconds=0.1, runs=1, engines=["onnxruntime"], message=said.append)
     assert [row["kind"] for row in rows] == ["fp32"]
     assert [line for line in said if line.startswith("left out: ") and "model.int8.onnx needs ARM, or x86 with VNNI" in line]
 

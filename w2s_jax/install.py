@@ -11,6 +11,24 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+#: The modules that each extra brings, under the names that they are imported by. Where two extras bring one, the first counts.
+EXTRAS = {
+    "train": (
+        "jax", "flax", "grain", "librosa", "matplotlib", "ml_collections", "optax", "orbax", "pyarrow", "safetensors",
+        "tensorboardX",
+    ),
+    "teacher": ("safetensors", "speechmos", "transformers"),
+    "export": ("jax", "flax", "onnx", "safetensors", "tensorflow", "tf2onnx"),
+    "litert": ("ai_edge_litert",),
+    "quickstart": ("espeakng_loader",),
+    "openvino": ("openvino",),
+}  # fmt: skip
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that brings a module, or None: the base install has it, or it is none of ours."""
+    return next((extra for extra, modules in EXTRAS.items() if module.partition(".")[0] in modules), None)
+
 
 def program(name: str) -> str:
     """What to type to run a program of this Python environment, such as ``w2s``.

@@ -80,12 +80,13 @@ class Session:
         """An object whose ``custom_metadata_map`` is what the file says of itself, a dict of strings."""
         return SimpleNamespace(custom_metadata_map=self._metadata)
 
-    def run(self, names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Outputs for one input.
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, np.ndarray], options: object = None) -> list[np.ndarray]:
+        """Compute the outputs for one input.
 
         Args:
             names: of the wanted outputs; None for all.
             feeds: the input's name → float32 [1, T].
+            options: those of onnxruntime; they change nothing here.
 
         Raises:
             KeyError: no such input or output.

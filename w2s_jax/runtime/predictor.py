@@ -16,8 +16,7 @@ from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.files import read_json
 from w2s_jax.kinds import FILES
 from w2s_jax.names import check_dimensions, line
-from w2s_jax.runtime import litert
-from w2s_jax.runtime.session import one_line, open_session, out_of_memory, shrinking
+from w2s_jax.runtime.session import onnxruntime_errors, open_session, shrinking
 
 SIGNAL, LOGITS = "signal", "logits"
 #: The other ends of the kind "chunked".
@@ -285,18 +284,14 @@ class Predictor:
     def _run(self, wave: np.ndarray) -> dict[str, float]:
         if len(wave) < self.minimum_samples:
             raise UsageError(f"expected at least {self.minimum_samples} samples at {self.sampling_rate} Hz, got {len(wave)}")
-        try:
+        too_long = (
+            f"{self.path} needs too much memory for {len(wave)} samples; judge it in windows (Predictor.windows, --window)"
+        )
+        with onnxruntime_errors(f"{self.path} failed on {len(wave)} samples", too_long):
             if self._pieces is not None:
                 logits = self._pieces(wave)
-            elif len(wave) > LONG and not isinstance(self._session, litert.Session):
-                (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]}, shrinking())
             else:
-                (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]})
-        except Exception as error:  # onnxruntime's exception classes share no base and depend on the fault
-            if out_of_memory(error):
-                way = "judge it in windows (Predictor.windows, --window)"
-                raise W2SError(f"{self.path} needs too much memory for {len(wave)} samples; {way}") from error
-            raise W2SError(f"{self.path} failed on {len(wave)} samples: {one_line(error)}") from error
+                (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]}, shrinking() if len(wave) > LONG else None)
         if logits.shape != (1, len(self.dimensions)):
             raise W2SError(f"{self.path} gave values of the shape {list(logits.shape)}, expected [1, {len(self.dimensions)}]")
         if not np.isfinite(logits).all():
@@ -331,7 +326,7 @@ class Pieces:
             )
             features = int(session.get_inputs()[1].shape[1])
         except (KeyError, TypeError, ValueError) as error:
-            raise W2SError(f"{path}: its metadata does not say how to cut a recording: {one_line(error)}") from error
+            raise W2SError(f"{path}: its metadata does not say how to cut a recording: {line(error, 300)}") from error
         self._start = first_state(features)
 
     def __call__(self, wave: np.ndarray) -> np.ndarray:
