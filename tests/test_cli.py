@@ -12,6 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file
 
 from w2s_jax import cli, install, quickstart, teachers
 from w2s_jax.cli import predict as predict_module
+from w2s_jax.cli import progress
 from w2s_jax.errors import UsageError
 
 COMMANDS = ["bank build", "views draw", "teacher check", "label", "train", "eval", "export", "predict", "bench", "quickstart"]
@@ -615,3 +617,54 @@ def test_a_bank_with_other_options_is_refused_without_force(w2s, corpus, tmp_pat
     assert "--force" in err
     assert w2s(*build, "--seed", 7, "--force")[0] == 0
     assert w2s(*build)[0] == 1
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock for progress.py that stands at ``clock.now``; stderr is no terminal."""
+    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_progress_is_a_line_every_ten_seconds(clock, capsys):
+    def report(seconds, *counts, **figures):
+        clock.now = 1000 + seconds
+        reporter.report(*counts, **figures)
+        return capsys.readouterr().err
+
+    with progress.Reporter("decode", "clips") as reporter:
+        assert report(0, 2, 10, minutes_decoded=0.5) == "decode: 2/10 clips, minutes decoded 0.5, 0 s\n"
+        assert report(9, 4, 10) == ""
+        assert report(10, 6, 10) == "decode: 6/10 clips, minutes decoded 0.5, 10 s, 10 s left\n"  # 4 clips in 10 s
+        assert report(11, 10, 10, minutes_decoded=2) == "decode: 10/10 clips, minutes decoded 2, 11 s\n"
+        assert report(30, 10, 10) == ""  # nothing new
+        assert reporter.initial == 2
+        reporter.message("[careful] :smile:")
+    assert capsys.readouterr().err == "[careful] :smile:\n"
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(9, []), (11, ["predict: 2/2 files, 11 s"])])
+def test_brief_progress_says_nothing_of_short_work(clock, capsys, seconds, lines):
+    with progress.Reporter("predict", "files", brief=True) as reporter:
+        reporter.report(1, 2)
+        clock.now += seconds
+        reporter.report(2, 2)
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_on_a_terminal_messages_stand_above_the_bar(monkeypatch):
+    from rich.console import Console
+
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100, markup=False)
+    monkeypatch.setattr(progress, "err", terminal)
+    with progress.Reporter("train", "steps") as reporter:
+        reporter.report(3, 7, loss=0.25)
+        reporter.message("a word")
+    shown = terminal.file.getvalue()
+    assert shown.index("a word") < shown.rindex("3/7") and "loss 0.25" in shown
+    quiet = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(progress, "err", quiet)
+    with progress.Reporter("predict", "files", quiet=True) as reporter:
+        reporter.report(1, 2)
+    assert quiet.file.getvalue() == ""

@@ -52,7 +52,7 @@ def label(
         out: the directory of the labels.
         batch_size: views of one length that each device hears at once; the labels do not depend on it.
         force: relabel from nothing where ``out`` holds labels of another teacher or other views.
-        progress: called with (views done by anyone, views in all, views_per_second=of this process).
+        progress: called with (views done by anyone, views in all, views per second of this process).
 
     Returns:
         labels.json as a dict.

@@ -19,7 +19,7 @@ from w2s_jax.errors import UsageError
 
 #: Kinds that multiply unsigned 8-bit activations by signed weights, in onnxruntime and in other engines.
 INTEGER_KINDS = ("int8", "qdq", "int8-int4")
-#: The entry of a file's metadata that says where it is right, if that is not everywhere; and what it says of 8-bit weights.
+#: The key of a file's metadata with the processors on which it is right, if not on all; and its value for 8-bit weights.
 NEEDS = "needs"
 EXACT_SUMS = "ARM, or x86 with VNNI"
 #: x [rows, 64], uint8, times a matrix [64, 16] of 127, int8, in int32; as ONNX.
@@ -97,7 +97,7 @@ def require_exact_sums(file: str | os.PathLike, metadata: Mapping[str, str]) -> 
 
     Args:
         file: for the message.
-        metadata: its metadata. Eight-bit files that this package wrote before it recorded ``weight_bits`` count as having
+        metadata: of the file. Eight-bit files that this package wrote before it recorded ``weight_bits`` count as having
             8-bit weights, which was the default then.
 
     Raises:

@@ -193,11 +193,11 @@ def make_feeds(session, path: str, seconds: float) -> list[dict[str, np.ndarray]
     Raises:
         UsageError: its inputs are not one waveform; ``path`` is for the message.
     """
-    from w2s_jax.runtime.predictor import Pieces, in_pieces
+    from w2s_jax.runtime.predictor import ChunkRunner, is_chunked
 
     inputs = [(end.name, end.type, end.shape) for end in session.get_inputs()]
-    if in_pieces([name for name, _, _ in inputs]):
-        return list(Pieces(session, path).feeds(_noise((round(seconds * SAMPLING_RATE),))))
+    if is_chunked([name for name, _, _ in inputs]):
+        return list(ChunkRunner(session, path).feeds(_noise((round(seconds * SAMPLING_RATE),))))
     return [_make_feed(path, inputs, seconds)]
 
 
@@ -257,13 +257,13 @@ def _load(file: str | Path | bytes, seconds: float, threads: int, engine: str) -
     """A function that runs a model once on noise, and the seconds of audio that this is."""
     if engine == "openvino":
         return _load_openvino(file, seconds, threads)
-    from w2s_jax.runtime.predictor import Pieces, in_pieces
+    from w2s_jax.runtime.predictor import ChunkRunner, is_chunked
     from w2s_jax.runtime.session import onnxruntime_errors, open_session
 
     session, path = open_session(file, threads)
-    if in_pieces([end.name for end in session.get_inputs()]):
+    if is_chunked([end.name for end in session.get_inputs()]):
         wave = _noise((round(seconds * SAMPLING_RATE),))
-        return functools.partial(Pieces(session, path), wave), len(wave) / SAMPLING_RATE
+        return functools.partial(ChunkRunner(session, path), wave), len(wave) / SAMPLING_RATE
     (feed,) = make_feeds(session, path, seconds)
 
     def run() -> list[np.ndarray]:
@@ -324,9 +324,9 @@ def _load_openvino(file: str | Path | bytes, seconds: float, threads: int) -> tu
             sizes = [None if size.is_dynamic else size.get_length() for size in end.partial_shape]
             inputs.append((end.any_name, kind, sizes))
         if len(inputs) > 1:
-            from w2s_jax.runtime.predictor import in_pieces  # else onnxruntime's memory would be counted as OpenVINO's
+            from w2s_jax.runtime.predictor import is_chunked  # else onnxruntime's memory would be counted as OpenVINO's
 
-            if in_pieces([name for name, _, _ in inputs]):
+            if is_chunked([name for name, _, _ in inputs]):
                 raise _NotForOpenVINO("it hears a recording piece by piece, which Predictor does in onnxruntime")
         feed = _make_feed(str(file), inputs, seconds)
         request = compiled.create_infer_request()

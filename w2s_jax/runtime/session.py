@@ -14,8 +14,8 @@ from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.names import line
 from w2s_jax.runtime import onnxfile
 
-# onnxruntime reports its use to Microsoft from release 1.31 on, and on being imported writes ~/.cache/Microsoft/DeveloperTools;
-# its own function against it, which comes after the import, comes too late. Whoever wants it sets the variable to 0.
+# From release 1.31 on onnxruntime reports its use to Microsoft, and writes ~/.cache/Microsoft/DeveloperTools when imported; its
+# own function that turns this off can be called only afterwards. To allow it, set the variable to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime
@@ -39,7 +39,7 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
 
     Raises:
         UsageError: no such file, no interpreter for it, or a file that would be wrong on this processor.
-        W2SError: the file is damaged, or is refused; says why.
+        W2SError: the file is damaged, or is refused; gives the reason.
     """
     content = isinstance(source, bytes)
     name = "the model" if content else str(source)
@@ -55,7 +55,7 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
         _check_file(source, name)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
-    # it keeps memory for every length it has seen; the arena does not, and without it the system hands out every page anew in
+    # a pattern is kept for every length that was seen. The arena stays: without it the system provides every page again in
     # every call, which takes up to half as long as the network itself
     options.enable_mem_pattern = False
     options.log_severity_level = 4  # errors arrive as exceptions
@@ -116,11 +116,11 @@ def _limited() -> bool:
         where = state.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT)
         settings = {
             "max_mem": memory_limit(),
-            "arena_extend_strategy": -1,  # as a session's own has it, like the two that follow
+            "arena_extend_strategy": -1,  # this and the next two as in a session's own allocator
             "initial_chunk_size_bytes": -1,
             "max_dead_bytes_per_chunk": -1,
         }
         onnxruntime.create_and_register_allocator(where, onnxruntime.OrtArenaCfg(settings))
-    except Exception:  # somebody else in this process has done it, or this build cannot: then there is no limit of ours
+    except Exception:  # other code in this process has registered one, or this build cannot: then there is no limit of ours
         return False
     return True
