@@ -619,6 +619,23 @@ def test_a_bank_with_other_options_is_refused_without_force(w2s, corpus, tmp_pat
     assert w2s(*build)[0] == 1
 
 
+def test_help_and_predict_import_nothing_heavy(model, speech):
+    heavy = {"flax", "jax", "librosa", "matplotlib", "optax", "pyarrow", "scipy", "tensorflow", "torch", "transformers"}
+    for arguments in (["--help"], ["train", "--help"], ["predict", str(model), str(speech / "a.wav")]):
+        code = f"""
+import sys
+sys.argv = ["w2s", *{arguments}]
+from w2s_jax.cli import main
+try:
+    main()
+finally:
+    print(*sys.modules)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        imported = set(done.stdout.splitlines()[-1].split())
+        assert "w2s_jax.cli.train" in imported and not imported & (heavy | {"w2s_jax.train", "w2s_jax.bench"})
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock for progress.py that stands at ``clock.now``; stderr is no terminal."""
