@@ -131,8 +131,11 @@ def test_openvino(toy, own, tmp_path):
         measure.measure({"two": two}, engines=("openvino",))
 
 
-def test_the_empty_model_is_one():
+def test_the_empty_model_gives_back_its_input():
     onnx.checker.check_model(onnx.load_from_string(measure.EMPTY))
+    run, seconds = measure._load(measure.EMPTY, 0.1, 1, "onnxruntime")
+    np.testing.assert_array_equal(run()[0], measure._noise((1600,)))
+    assert seconds == 0.1
 
 
 def test_integer_kinds_slower_than_fp32_are_named():

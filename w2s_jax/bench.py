@@ -186,7 +186,7 @@ def bench(
 
 
 def _find_models(models: Sequence[str | Path], rows: dict[str, dict], message: Callable[[str], object]) -> dict[str, Path]:
-    """label → file of the models that can be measured; what they tell of themselves goes to ``rows``."""
+    """Map labels to the files that can be measured; the columns that these describe themselves go to ``rows``."""
     files = {}
     for path in map(Path, models):
         own = [path / name for name in FILES.values() if (path / name).is_file()]
@@ -207,7 +207,7 @@ def _find_models(models: Sequence[str | Path], rows: dict[str, dict], message: C
 
 
 def _describe(file: Path) -> dict:
-    """A row's columns that a file and its directory tell of themselves.
+    """Columns of a row from the metadata of a file and its directory.
 
     Raises:
         UsageError, W2SError: it cannot be measured.
@@ -229,7 +229,7 @@ def _describe(file: Path) -> dict:
 
 
 def _count(file: Path, label: str, seconds: float, message: Callable[[str], object]) -> dict:
-    """A row's ``parameters`` and ``macs``, None where they cannot be counted."""
+    """Columns ``parameters`` and ``macs`` of a row, None where they cannot be counted."""
     unknown = {"parameters": None, "macs": None}
     if file.suffix == ".tflite":  # no ONNX graph
         return unknown
@@ -244,7 +244,7 @@ def _count(file: Path, label: str, seconds: float, message: Callable[[str], obje
 
 
 def _published(name: str) -> dict:
-    """A row's columns that the paper gives for a student."""
+    """Columns of a row with the paper's figures for a student."""
     known = PUBLISHED.get(name, {})
     row = {f"published_{key}": known.get(key) for key in ("parameters", "macs", "bytes", "peak_memory", "milliseconds")}
     scores = known.get("ccc", {})

@@ -75,6 +75,7 @@ class HugePages(TyperCommand):
         super().__init__(*args, **kwargs | {"epilog": about})
 
     def invoke(self, ctx):
+        """Start the process again, or run the command."""
         if ctx.obj and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
             os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
             with contextlib.suppress(OSError):
