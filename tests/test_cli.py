@@ -355,6 +355,14 @@ def test_a_missing_extra_names_the_pip_command(tmp_path, module, extra, command)
     assert "pip install -c " in line and line.endswith(f"[{extra}]'")  # tests run from a clone
 
 
+def test_what_needs_the_base_install_alone(tmp_path):
+    for command in ("teacher check acoustic --seconds 0.1 --batch-size 1", "predict --help"):
+        code = "import sys; sys.modules.update(dict.fromkeys(['flax', 'ml_collections', 'pyarrow', 'transformers'])); "
+        code += f"sys.argv = {['w2s', *command.split()]}; from w2s_jax.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_a_missing_module_of_nobodys_extra_is_a_fault(w2s, model, speech, monkeypatch):
     def fails(*_):
         raise ModuleNotFoundError("No module named 'w2s_jax.gone'", name="w2s_jax.gone")

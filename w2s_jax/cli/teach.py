@@ -82,16 +82,19 @@ def check_teacher(
 ) -> None:
     """Load a teacher: its parameters, licence, golden check, and how fast it labels on this machine."""
     from w2s_jax import teachers
-    from w2s_jax.bank import Bank
 
     if bank_path is not None and dtype != "bfloat16":
         raise UsageError("--bank goes with --dtype bfloat16: it shows what that changes in the labels")
-    bank = Bank(bank_path) if bank_path else None
+    waves = None
+    if bank_path:  # the acoustic teacher alone needs only the base install
+        from w2s_jax.bank import Bank
+
+        waves = Bank(bank_path).excerpts("train", 32, seconds)
     the_teacher = o.load_teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision, output)
     result = teachers.check(the_teacher, batch_size, seconds)
-    if bank is not None:
+    if waves is not None:
         exact = o.load_teacher(teacher, checkpoint_dir, dimensions, "float32", normalisation, revision, output)
-        result["bfloat16"] = teachers.compare(the_teacher, exact, bank.excerpts("train", 32, seconds))
+        result["bfloat16"] = teachers.compare(the_teacher, exact, waves)
     out.print(_tabulate(the_teacher, result, batch_size, seconds))
     finish(result, as_json)
     if result["doubt"]:
