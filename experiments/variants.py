@@ -88,7 +88,7 @@ def sweep(
     """Train, evaluate, export and measure the variants ``names``: a row of figures each."""
     from w2s_jax import bench, evaluate, export, labels, models, views
     from w2s_jax.bank import Bank
-    from w2s_jax.cli import shown
+    from w2s_jax.cli.progress import Reporter
     from w2s_jax.train import train
 
     bank, the_views = Bank(bank_path), views.read(views_path)
@@ -108,8 +108,8 @@ def sweep(
         config.steps = steps or config.steps
         title = f"{number}/{len(rows)} {name}"
         _say(f"{title}: {row['parameters']:,} parameters, {row['macs'] / 1e6:,.0f} MMAC")
-        with shown(title, "steps") as report:
-            train(config, bank, the_views, the_labels, run, progress=report)
+        with Reporter(title, "steps") as reporter:
+            train(config, bank, the_views, the_labels, run, progress=reporter.report)
         _say(f"{title}: evaluating on the test split")
         scores = evaluate.evaluate(run, bank, the_views, the_labels, out=run)["teacher"]
         row["mean"] = scores.pop("mean")
@@ -119,7 +119,7 @@ def sweep(
         _say(f"{title}: test CCC {row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
         files[name] = run / "model" / "model.onnx"
         if not files[name].exists():  # in the run, which trains nothing else ever: what is there is of this student
-            export.export_student(run, run / "model", progress=lambda line, title=title: _say(f"{title}: {line}"))
+            export.export_student(run, run / "model", message=lambda line, title=title: _say(f"{title}: {line}"))
     _say("measuring, all variants in turn")
     measured = bench.measure(files, seconds=5.0, runs=30, memory=False)
     for row in rows:

@@ -23,7 +23,7 @@ import numpy as np
 
 from w2s_jax import audio
 from w2s_jax.kinds import FILES
-from w2s_jax.runtime.predictor import CARRIED, SIGNAL, Pieces, in_pieces, open_session
+from w2s_jax.runtime.predictor import CARRIED, SIGNAL, ChunkRunner, is_chunked, open_session
 
 #: Reads the plan (a list of files and what they are fed), runs all of them in turn, and prints times and outputs.
 SCRIPT = """
@@ -66,9 +66,9 @@ def fed(file: Path, wave: np.ndarray) -> tuple[list[dict], np.ndarray]:
     """What a file is fed, as JSON, and what it says here, [D]."""
     session, path = open_session(file)
     name, *others = (end.name for end in session.get_inputs())
-    if not in_pieces([name, *others]):
+    if not is_chunked([name, *others]):
         return [{"signal": wave.tolist()}], session.run(None, {name: wave[None]})[0][0]
-    pieces = Pieces(session, path)
+    pieces = ChunkRunner(session, path)
     state, *bounds = CARRIED
     feeds = [
         {"signal": feed[SIGNAL][0].tolist(), "state": feed[state].tolist(), "bounds": [int(feed[bound][0]) for bound in bounds]}

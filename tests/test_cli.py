@@ -12,14 +12,19 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import typer
 from conftest import voice
 from safetensors.numpy import load_file
 
-from w2s_jax import cli, install, quickstart, teachers
+from w2s_jax import __version__, cli, install, quickstart, teachers
+from w2s_jax.cli import predict as predict_module
+from w2s_jax.cli import progress
+from w2s_jax.errors import UsageError
 
 COMMANDS = ["bank build", "views draw", "teacher check", "label", "train", "eval", "export", "predict", "bench", "quickstart"]
 
@@ -47,10 +52,10 @@ def test_every_command_has_help_with_json(w2s, command):
 
 
 def test_the_commands_are_these(w2s):
-    code, out, _ = w2s("--help")
-    assert code == 0
-    assert all(command.split()[0] in out for command in COMMANDS)
-    assert w2s("--version")[1].startswith("w2s ")
+    top = typer.main.get_command(cli.app).commands
+    names = {f"{name} {part}".strip() for name, command in top.items() for part in getattr(command, "commands", {"": None})}
+    assert names == set(COMMANDS)
+    assert w2s("--version")[1] == f"w2s {__version__}\n"
 
 
 @pytest.fixture(scope="module")
@@ -324,20 +329,47 @@ def test_a_teacher_is_compared_with_people(w2s, chain, corpus, checkpoints, tmp_
 
 
 def test_debug_shows_the_traceback(monkeypatch):
-    from w2s_jax.errors import UsageError
-
     monkeypatch.setattr(sys, "argv", ["w2s", "export", "/none", "--out", "/none/out", "--debug"])
     with pytest.raises(UsageError):
         cli.main()
 
 
-def test_a_missing_extra_names_the_pip_command(w2s, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for module in ("bank", "views", "labels"):
-        monkeypatch.delitem(sys.modules, f"w2s_jax.{module}", raising=False)
-    code, _, err = w2s("views", "draw", tmp_path, "--out", tmp_path / "x")
-    assert code == 2
-    assert "pip install -c " in err and "[train]'" in err  # tests run from a clone
+@pytest.mark.parametrize(
+    ("module", "extra", "command"),
+    [
+        ("pyarrow", "train", "views draw {tmp} --out {tmp}/out"),
+        ("optax", "train", "train wav2small --bank {tmp} --views {tmp} --labels {tmp} --workdir {tmp}/out"),
+        ("jax", "train", "eval {tmp} --bank {tmp}"),
+        ("jax", "export", "export {tmp} --out {tmp}/out"),
+        ("jax", "export", "bench wav2small --out {tmp}/out"),
+        ("tf2onnx", "all", "quickstart --workdir {tmp}/out"),
+    ],
+)
+def test_a_missing_extra_names_the_pip_command(tmp_path, module, extra, command):
+    arguments = ["w2s", *shlex.split(command.format(tmp=tmp_path))]
+    code = f"import sys; sys.modules[{module!r}], sys.argv = None, {arguments}; from w2s_jax.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert line.startswith(f"w2s: error: {module} is not installed; this command needs it: ")
+    assert "pip install -c " in line and line.endswith(f"[{extra}]'")  # tests run from a clone
+
+
+def test_what_needs_the_base_install_alone(tmp_path):
+    for command in ("teacher check acoustic --seconds 0.1 --batch-size 1", "predict --help"):
+        code = "import sys; sys.modules.update(dict.fromkeys(['flax', 'ml_collections', 'pyarrow', 'transformers'])); "
+        code += f"sys.argv = {['w2s', *command.split()]}; from w2s_jax.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_module_of_nobodys_extra_is_a_fault(w2s, model, speech, monkeypatch):
+    def fails(*_):
+        raise ModuleNotFoundError("No module named 'w2s_jax.gone'", name="w2s_jax.gone")
+
+    monkeypatch.setattr(predict_module, "_predict_file", fails)
+    code, _, err = w2s("predict", model, speech)
+    assert code == 1 and "unexpected ModuleNotFoundError: No module named 'w2s_jax.gone' (a fault of w2s " in err
 
 
 @pytest.fixture
@@ -441,7 +473,7 @@ def test_ctrl_c_prints_the_rows_so_far(w2s, model, speech, monkeypatch, form):
         yield 0.0, 1.0, {"mean": 0.125, "power": 0.375}
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_predict_file", predict)
+    monkeypatch.setattr(predict_module, "_predict_file", predict)
     code, out, err = w2s("predict", model, speech, "--format", form)
     assert code == 130
     assert "0.125" in out and "0.375" in out
@@ -467,7 +499,7 @@ def test_what_escapes_is_one_line_that_asks_for_a_report(w2s, model, speech, mon
     def fails(*_):
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr(cli, "_predict_file", fails)
+    monkeypatch.setattr(predict_module, "_predict_file", fails)
     code, _, err = w2s("predict", model, speech)
     assert code == 1
     assert "w2s: error: unexpected ZeroDivisionError: division by zero (a fault of w2s " in err and "--debug" in err
@@ -519,15 +551,33 @@ def test_streams_that_are_closed_and_names_that_are_not_utf8(model, speech):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
-def test_only_the_command_decides_on_another_malloc(monkeypatch):
+def test_only_commands_that_gain_start_again_with_huge_pages(monkeypatch, tmp_path):
+    """Once their options are read, in a process of their own, unless GLIBC_TUNABLES is set."""
     started = []
-    monkeypatch.setattr(os, "execv", lambda *_: started.append(list(sys.argv)))
-    monkeypatch.setattr(cli, "main", lambda: None)
-    for words in (["predict", "model", "train"], ["--debug", "train", "x"], ["bench", "label"]):
-        monkeypatch.setattr(sys, "argv", ["w2s", *words])
-        monkeypatch.setattr(os, "environ", {})
-        cli.entry()
-    assert started == [["w2s", "--debug", "train", "x"]]
+    monkeypatch.setattr(os, "execv", lambda *_: started.append((list(sys.argv), os.environ["GLIBC_TUNABLES"])))
+    data = [f"--{name}={tmp_path}" for name in ("bank", "views", "labels")]
+    training = ["w2s", "--debug", "train", "nothing", *data, f"--workdir={tmp_path}"]
+
+    def run(words, call, **environ):
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setattr(os, "environ", environ)
+        with pytest.raises((SystemExit, UsageError)):
+            call()
+
+    run(training, cli.main)  # a process that runs something else as well
+    run(training, cli.entry, GLIBC_TUNABLES="")
+    run(["w2s", "train", "nothing"], cli.entry)  # wrong usage
+    run(["w2s", "predict", str(tmp_path), "train"], cli.entry)
+    run(["w2s", "eval", "label", f"--bank={tmp_path}"], cli.entry)
+    assert started == []
+    run(training, cli.entry)
+    assert started == [(training, "glibc.malloc.hugetlb=1")]
+
+
+def test_the_help_names_what_starts_again_with_huge_pages(w2s):
+    assert [command for command in COMMANDS if "GLIBC_TUNABLES" in w2s(*command.split(), "--help")[1]] == [
+        "teacher check", "label", "train", "quickstart"
+    ]  # fmt: skip
 
 
 def test_the_quickstart_ends_with_commands_that_work(tmp_path, monkeypatch):
@@ -540,7 +590,7 @@ def test_the_quickstart_ends_with_commands_that_work(tmp_path, monkeypatch):
     monkeypatch.setattr(install.sys, "executable", str(programs / "python"))
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     text = io.StringIO()
-    quickstart._next(Console(file=text, width=40), Path("quick start/model"), Path("speech/en+f2/[0].wav"))
+    quickstart._print_next(Console(file=text, width=40), Path("quick start/model"), Path("speech/en+f2/[0].wav"))
     _, _, first, second, third, *_ = text.getvalue().splitlines()
     words = subprocess.run(first, shell=True, capture_output=True, text=True, check=True).stdout.split("\n")
     assert words[:5] == ["predict", "quick start/model", "speech/en+f2/[0].wav", "--window", "2"]
@@ -576,3 +626,71 @@ def test_a_bank_with_other_options_is_refused_without_force(w2s, corpus, tmp_pat
     assert "--force" in err
     assert w2s(*build, "--seed", 7, "--force")[0] == 0
     assert w2s(*build)[0] == 1
+
+
+def test_help_and_predict_import_nothing_heavy(model, speech):
+    heavy = {"flax", "jax", "librosa", "matplotlib", "optax", "pyarrow", "scipy", "tensorflow", "torch", "transformers"}
+    for arguments in (["--help"], ["train", "--help"], ["predict", str(model), str(speech / "a.wav")]):
+        code = f"""
+import sys
+sys.argv = ["w2s", *{arguments}]
+from w2s_jax.cli import main
+try:
+    main()
+finally:
+    print(*sys.modules)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        imported = set(done.stdout.splitlines()[-1].split())
+        assert "w2s_jax.cli.train" in imported and not imported & (heavy | {"w2s_jax.train", "w2s_jax.bench"})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock for progress.py that stands at ``clock.now``; stderr is no terminal."""
+    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_progress_is_a_line_every_ten_seconds(clock, capsys):
+    def report(seconds, *counts, **figures):
+        clock.now = 1000 + seconds
+        reporter.report(*counts, **figures)
+        return capsys.readouterr().err
+
+    with progress.Reporter("decode", "clips") as reporter:
+        assert report(0, 2, 10, minutes_decoded=0.5) == "decode: 2/10 clips, minutes decoded 0.5, 0 s\n"
+        assert report(9, 4, 10) == ""
+        assert report(10, 6, 10) == "decode: 6/10 clips, minutes decoded 0.5, 10 s, 10 s left\n"  # 4 clips in 10 s
+        assert report(11, 10, 10, minutes_decoded=2) == "decode: 10/10 clips, minutes decoded 2, 11 s\n"
+        assert report(30, 10, 10) == ""  # nothing new
+        assert reporter.initial == 2
+        reporter.message("[careful] :smile:")
+    assert capsys.readouterr().err == "[careful] :smile:\n"
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(9, []), (11, ["predict: 2/2 files, 11 s"])])
+def test_brief_progress_says_nothing_of_short_work(clock, capsys, seconds, lines):
+    with progress.Reporter("predict", "files", brief=True) as reporter:
+        reporter.report(1, 2)
+        clock.now += seconds
+        reporter.report(2, 2)
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_on_a_terminal_messages_stand_above_the_bar(monkeypatch):
+    from rich.console import Console
+
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100, markup=False)
+    monkeypatch.setattr(progress, "err", terminal)
+    with progress.Reporter("train", "steps") as reporter:
+        reporter.report(3, 7, loss=0.25)
+        reporter.message("a word")
+    shown = terminal.file.getvalue()
+    assert shown.index("a word") < shown.rindex("3/7") and "loss 0.25" in shown
+    quiet = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(progress, "err", quiet)
+    with progress.Reporter("predict", "files", quiet=True) as reporter:
+        reporter.report(1, 2)
+    assert quiet.file.getvalue() == ""

@@ -97,7 +97,7 @@ def exported(place, waves):
             patch.setattr(package, "PARITY_LENGTHS", (1021, 31_991))
         # the judgement of what rounds needs a trained student: random weights look at single frames
         kinds = [kind for kind in KINDS if kind != "int8-int4" or "17k" not in str(place)]
-        report = export_student(place / "run", place / "model", waves, progress=lines.append, min_ccc=-1, kinds=kinds)
+        report = export_student(place / "run", place / "model", waves, message=lines.append, min_ccc=-1, kinds=kinds)
     assert lines
     return place, report
 
@@ -449,7 +449,7 @@ def test_a_wrong_graph_pass_is_left_out(small, tmp_path, monkeypatch):
     monkeypatch.setattr(graph, "bias_into_conv", wrong)
     monkeypatch.setattr(package, "PARITY_LENGTHS", (16_000,))
     lines = []
-    report = export_student(small, tmp_path / "model", progress=lines.append)
+    report = export_student(small, tmp_path / "model", message=lines.append)
     assert report["passes"]["wrong"] > graph.PASS_LIMIT
     assert any("left out graph passes that would change the outputs: wrong" in line for line in lines)
     assert report["skipped"] == {"int8": "no calibration audio was given"}

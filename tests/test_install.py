@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,39 @@ def test_a_program_that_is_not_on_the_path_is_named_by_its_place(monkeypatch, tm
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}/usr/bin:/bin")  # as after: source .venv/bin/activate
     assert install.program("w2s") == "w2s"
     assert install.program("none") == "none"
+
+
+def test_every_extra_and_its_modules_are_those_of_pyproject():
+    """Both ways: each requirement has a module in the table, each module comes with one of the requirements."""
+    extras = tomllib.loads((CLONE / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    requirements = {
+        extra: {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in lines} for extra, lines in extras.items()
+    }
+    distributions = {
+        module: {name.lower().replace("_", "-") for name in names}
+        for module, names in metadata.packages_distributions().items()
+    }
+    assert set(install.EXTRAS) == set(extras) - {"all", "dev"}
+    for extra, modules in install.EXTRAS.items():
+        brought = {module: distributions.get(module, {module}) & requirements[extra] for module in modules}
+        assert all(brought.values()), brought
+        missing = requirements[extra] - set().union(*brought.values())
+        assert missing <= {"tensorflow", "tensorflow-cpu"}, missing  # one of the two is installed
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("jax", "train"),
+        ("orbax.checkpoint", "train"),
+        ("transformers", "teacher"),
+        ("tensorflow.lite", "export"),
+        ("onnx", "export"),
+        ("espeakng_loader", "quickstart"),
+        ("numpy", None),
+        ("w2s_jax.gone", None),
+        ("", None),
+    ],
+)
+def test_the_extra_of_a_missing_module(module, extra):
+    assert install.extra_of(module) == extra

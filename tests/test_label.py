@@ -364,7 +364,7 @@ def test_a_shard_that_another_process_has_is_left_to_it_until_it_dies(bank, view
     teacher, seen = teachers.load(f"onnx:{toy_teacher}"), []
     shards = tmp_path / "labels" / "shards"
 
-    def progress(done, total, rate):
+    def progress(done, total, views_per_second):
         seen.append(done)
         if done == total - 16:  # all but the shard that is held
             assert not (shards / "00001.parquet").exists()

@@ -1,4 +1,4 @@
-"""8-bit weights on every processor: who refuses them where, and what an emulated one without VNNI makes of every kind."""
+"""This machine's memory; 8-bit weights on every processor: who refuses them, and what one without VNNI makes of every kind."""
 
 import json
 import platform
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from w2s_jax import bench, machine
+from w2s_jax import bench, machine, measure
 from w2s_jax.errors import UsageError
 from w2s_jax.runtime import Predictor
 from w2s_jax.teachers.onnx import OnnxTeacher
@@ -98,11 +98,43 @@ def test_bench_leaves_one_such_file_of_a_directory_out_and_says_so(tmp_path, mon
     toy(model / "model.onnx", {"kind": "fp32"})
     toy(model / "model.int8.onnx", FILES["8 bits"][0])
     monkeypatch.setattr(machine, "saturates", lambda: True)
-    monkeypatch.setattr(bench, "PROCESSES", 1)
+    monkeypatch.setattr(measure, "PROCESSES", 1)
     said = []
-    rows = bench.bench([], [model], tmp_path / "out", seconds=0.1, runs=1, engines=["onnxruntime"], say=said.append)
+    rows = bench.bench([], [model], tmp_path / "out", seconds=0.1, runs=1, engines=["onnxruntime"], message=said.append)
     assert [row["kind"] for row in rows] == ["fp32"]
     assert [line for line in said if line.startswith("left out: ") and "model.int8.onnx needs ARM, or x86 with VNNI" in line]
+
+
+def test_memory_of_this_process_and_machine():
+    """A block of 64 MB that is written shows in the peak, and in what is in use as long as it is there."""
+    code = """
+import json, numpy as np
+from w2s_jax import machine
+before = machine.process_memory()
+block = np.ones(1 << 26, np.uint8)
+during = machine.process_memory()
+del block
+print(json.dumps([before, during, machine.process_memory(), machine.total_memory(), machine.free_memory()]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, during, after, total, free = json.loads(done.stdout)
+    assert 60e6 < during["peak"] - before["peak"] < 80e6
+    assert after["peak"] == pytest.approx(during["peak"], abs=5e6)
+    if sys.platform == "linux":
+        assert 60e6 < during["in_use"] - before["in_use"] < 80e6
+        assert abs(after["in_use"] - before["in_use"]) < 10e6
+        kib = int(Path("/proc/meminfo").read_text().split()[1])  # MemTotal is the first line
+        assert total == pytest.approx(1024 * kib, rel=0.05)
+        assert during["peak"] < free <= total
+
+
+def test_a_machine_in_words():
+    import onnxruntime
+
+    words = machine.describe(("litert", "onnxruntime"))
+    version = ".".join(map(str, sys.version_info[:3]))
+    assert words.endswith(f", onnxruntime {onnxruntime.__version__}, Python {version}")
+    assert "onnxruntime" not in machine.describe(())
 
 
 #: Students whose every way through onnxruntime's 8-bit kernels is tried.

@@ -90,11 +90,11 @@ def test_it_is_small_and_says_that_its_teacher_is_a_stand_in(name, notebook):
 def test_the_small_student_of_a_notebook_is_kept_by_the_quickstart(tmp_path):
     """``quickstart.run(…, steps=40)``, and then the command: what is there decides, unless another number is asked for."""
     quiet = Console(quiet=True)
-    assert quickstart._steps(tmp_path, None, quiet) == quickstart.STEPS
-    assert quickstart._steps(tmp_path, 40, quiet) == 40
+    assert quickstart._choose_steps(tmp_path, None, quiet) == quickstart.STEPS
+    assert quickstart._choose_steps(tmp_path, 40, quiet) == 40
     write_json(tmp_path / "run" / "config.json", {"config": {"steps": 40}})
     told = Console(record=True, width=500, file=io.StringIO())
-    assert quickstart._steps(tmp_path, None, told) == 40
+    assert quickstart._choose_steps(tmp_path, None, told) == 40
     assert "run of 40 steps, which is kept" in told.export_text()
     with pytest.raises(MismatchError, match="40 steps, not 320; delete"):
-        quickstart._steps(tmp_path, 320, quiet)
+        quickstart._choose_steps(tmp_path, 320, quiet)

@@ -1,4 +1,4 @@
-"""How this copy of w2s_jax was installed, so that a message can name a command that works as it is."""
+"""How this copy of w2s_jax was installed, and which extra brings what: for commands in messages that work as they are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,24 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+#: The modules that each extra brings, under the names that they are imported by. Where two extras bring one, the first counts.
+EXTRAS = {
+    "train": (
+        "jax", "flax", "grain", "librosa", "matplotlib", "ml_collections", "optax", "orbax", "pyarrow", "safetensors",
+        "tensorboardX",
+    ),
+    "teacher": ("safetensors", "speechmos", "transformers"),
+    "export": ("jax", "flax", "onnx", "safetensors", "tensorflow", "tf2onnx"),
+    "litert": ("ai_edge_litert",),
+    "quickstart": ("espeakng_loader",),
+    "openvino": ("openvino",),
+}  # fmt: skip
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that brings a module, or None: the base install has it, or it is none of ours."""
+    return next((extra for extra, modules in EXTRAS.items() if module.partition(".")[0] in modules), None)
+
 
 def program(name: str) -> str:
     """What to type to run a program of this Python environment, such as ``w2s``.
@@ -20,8 +38,8 @@ def program(name: str) -> str:
         quoted for a shell. The bare name, too, where the environment has no such program.
     """
     here = Path(sys.executable).parent / (f"{name}.exe" if os.name == "nt" else name)
-    found = shutil.which(name)
-    if not here.exists() or (found and Path(found).absolute() == here.absolute()):
+    on_path = shutil.which(name)
+    if not here.exists() or (on_path and Path(on_path).absolute() == here.absolute()):
         return name
     return shlex.quote(_short(here))
 
@@ -31,7 +49,7 @@ def pip_install(extra: str, here: bool = True) -> str:
 
     Args:
         extra: its name in pyproject.toml.
-        here: into this environment; otherwise into whatever other one is active when it is typed.
+        here: into this environment; otherwise into the one that is active when the command is run.
     """
     pip, clone, url = program("pip") if here else "pip", _clone(), _direct_url()
     if clone is not None:
@@ -51,7 +69,7 @@ def pip_install(extra: str, here: bool = True) -> str:
 
 
 def _clone() -> Path | None:
-    """The source checkout that this copy runs in or was installed from, if it is still there."""
+    """The source checkout that this copy runs in or was installed from, if it still exists."""
     places = [Path(__file__).resolve().parents[1]]
     url = _direct_url()
     if "dir_info" in url and url.get("url", "").startswith("file://"):
@@ -63,17 +81,17 @@ def _clone() -> Path | None:
 
 @functools.cache
 def _direct_url() -> dict:
-    """What pip noted on the origin of this copy (PEP 610); empty if it came from an index, or was not installed."""
+    """The origin of this copy as pip recorded it (PEP 610); empty if it came from an index, or was not installed."""
     try:
         text = metadata.distribution("w2s-jax").read_text("direct_url.json")
-        note = json.loads(text) if text else {}
+        origin = json.loads(text) if text else {}
     except (metadata.PackageNotFoundError, OSError, ValueError):
         return {}
-    return note if isinstance(note, dict) else {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def _short(path: Path) -> str:
-    """The path relative to where we are, if it lies below; otherwise as it is."""
+    """The path relative to the working directory if it is below it, otherwise as it is."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
     except (ValueError, OSError):

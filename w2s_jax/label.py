@@ -87,7 +87,7 @@ def label(
             done += count
             labelled += count if own else 0
             if progress:
-                progress(done, len(views), labelled / max(time.perf_counter() - began, 1e-9))
+                progress(done, len(views), views_per_second=labelled / max(time.perf_counter() - began, 1e-9))
 
         def keep(job: _Batch, heard: list) -> None:
             shard = job.shard

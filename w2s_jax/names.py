@@ -1,4 +1,4 @@
-"""Words that come with a stranger's file: checked where they enter, escaped where they leave."""
+"""Names and lines of text from files of unknown origin: checked when read, escaped when shown."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ MOST = 1000
 
 
 def check_dimensions(names: Iterable[str], where: object) -> tuple[str, ...]:
-    """Names of outputs as they are, if every one can be a key, a column and a word on a terminal.
+    """Check that every name of an output can be a key, a column and a word on a terminal.
 
     Args:
         names: in output order.
-        where: what has them, for the message.
+        where: what names them, for the message.
+
+    Returns:
+        The names, unchanged.
 
     Raises:
         W2SError: a name is empty, long, not printable, has a comma, or blanks around it; two are the same; too many.
@@ -37,14 +40,14 @@ def check_dimensions(names: Iterable[str], where: object) -> tuple[str, ...]:
 
 
 def line(text: object, longest: int = LONGEST_LINE) -> str:
-    """Text as one line that a terminal can show: blanks for line breaks, no control characters, not too long."""
+    """Shorten text to one line that a terminal can show: blanks for line breaks, no control characters."""
     words = " ".join(str(text)[: 8 * longest].split())
     words = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in words)
     return words if len(words) <= longest else words[: longest - 1] + "…"
 
 
 def markdown(text: object) -> str:
-    """Text that Markdown shows as it is, in a paragraph or in a table: no markup, no HTML, no link."""
+    """Escape text so that Markdown shows it unchanged, in a paragraph or in a table: no markup, no HTML, no link."""
     shown = line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     shown = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", shown)
     return re.sub(r"(?<=[a-z])://", "&#58;//", shown)  # else a bare address is a link

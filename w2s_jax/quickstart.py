@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from rich.console import Console
@@ -19,22 +20,24 @@ from w2s_jax.errors import MismatchError
 from w2s_jax.evaluate import evaluate
 from w2s_jax.files import read_json, write_atomic
 from w2s_jax.install import program
+from w2s_jax.measure import measure
 from w2s_jax.runtime import Predictor
 
-#: What the student hears and how long it learns; about three minutes on two cores, found by trial.
+#: Views and length of training: about three minutes on two cores, chosen by trial.
 VIEWS = {"per_clip": 4, "eval_per_clip": 4, "seconds": (2.0,), "mix": 0.0}
 STEPS = 320
 SETTINGS = ["learning_rate=4e-3", "eval_every=80"]
 WINDOW, HOP = 2.0, 0.25
 
 
-def run(workdir: Path, out: Console | None = None, shown: Callable | None = None, steps: int | None = None) -> dict:
-    """Make speech, label it, train, evaluate, export, predict; what is done already is kept.
+def run(workdir: Path, out: Console | None = None, reporter: Callable | None = None, steps: int | None = None) -> dict:
+    """Make speech, label it, train, evaluate, export, predict; what is done already is not done again.
 
     Args:
         workdir: gets speech/, bank/, views.parquet, labels/, run/, model/ and prediction.png.
         out: where the results are printed; default: nowhere.
-        shown: a context manager ``shown(what, unit)`` that yields ``report(done, total, **figures)``; default: shows nothing.
+        reporter: makes a context manager, ``reporter(job, unit)``, whose value has ``report(done, total, **figures)``;
+            default: reports nothing.
         steps: of training; default: those of the run that is there, ``STEPS`` where there is none. Fewer are quicker and worse.
 
     Returns:
@@ -43,35 +46,17 @@ def run(workdir: Path, out: Console | None = None, shown: Callable | None = None
     Raises:
         MismatchError: the run that is there has another number of steps than the one asked for.
     """
-    out, shown = out or Console(quiet=True), shown or _quiet
+    out, reporter = out or Console(quiet=True), reporter or _report_nothing
     began = time.perf_counter()
-    steps = _steps(workdir, steps, out)
-    out.print("1/7 speak: sentences in seven languages, by eSpeak NG", style="bold")
-    with shown("speak", "clips") as report:
-        corpus = speech.make_corpus(workdir / "speech", progress=report)
-    out.print("2/7 decode into a bank", style="bold")
-    with shown("decode", "clips") as report:
-        build_bank(corpora.read("csv", corpus), workdir / "bank", corpus="csv", progress=report)
-    bank = Bank(workdir / "bank")
-    out.print("3/7 draw views, and label them with the acoustic teacher (a stand-in: a rule, no emotion model)", style="bold")
-    drawn = views.draw(bank, **VIEWS)
-    drawn.save(workdir / "views.parquet")
-    with shown("label", "views") as report:
-        teacher = teachers.load("acoustic")
-        label.label(
-            bank,
-            drawn,
-            teacher,
-            workdir / "labels",
-            progress=lambda done, total, rate: report(done, total, views_per_second=rate),
-        )
-    known = labels.read(workdir / "labels", drawn)
+    steps = _choose_steps(workdir, steps, out)
+    corpus, bank = _make_bank(workdir, out, reporter)
+    drawn, taught, teacher = _label(workdir, bank, out, reporter)
     out.print("4/7 train Wav2Small, 72,659 parameters", style="bold")
-    with shown("train", "steps") as report:
-        settings = config.load("wav2small", [f"steps={steps}", *SETTINGS])
-        trained = train.train(settings, bank, drawn, known, workdir / "run", progress=report)
+    settings = config.load("wav2small", [f"steps={steps}", *SETTINGS])
+    with reporter("train", "steps") as progress:
+        trained = train.train(settings, bank, drawn, taught, workdir / "run", progress=progress.report)
     out.print("5/7 evaluate on voices that were never heard", style="bold")
-    scores = evaluate(workdir / "run", bank, drawn, known, out=workdir / "run")["teacher"]
+    scores = evaluate(workdir / "run", bank, drawn, taught, out=workdir / "run")["teacher"]
     out.print("6/7 export to ONNX", style="bold")
     exported = export.export_student(
         workdir / "run",
@@ -81,63 +66,90 @@ def run(workdir: Path, out: Console | None = None, shown: Callable | None = None
     )
     out.print("7/7 predict a held-out voice", style="bold")
     kinds = exported["kinds"]
-    milliseconds = {kind: _median_milliseconds(Predictor(workdir / "model", kind=kind)) for kind in kinds}
+    times = measure({kind: workdir / "model" / row["file"] for kind, row in kinds.items()}, runs=15, memory=False)
+    wave, voice = _held_out(bank)
     picture = workdir / "prediction.png"
-    wave, name = _held_out(bank)
-    _draw(picture, wave, name, Predictor(workdir / "model"), teacher)
+    _draw(picture, wave, voice, Predictor(workdir / "model"), teacher)
 
-    int8 = kinds["int8"]["ccc"] if "int8" in kinds else None
+    result = {
+        "mean_ccc": scores["mean"],
+        "ccc": {name: scores[name]["ccc"] for name in taught.dimensions},
+        "int8_ccc": kinds["int8"]["ccc"] if "int8" in kinds else None,
+        "failed": exported["failed"],
+        "bytes": {row["file"]: row["bytes"] for row in kinds.values()},
+        "milliseconds_for_5_s": {kind: round(row["milliseconds"], 2) for kind, row in times.items()},
+        "clips_per_second": trained["clips_per_second"],
+        "picture": str(picture),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    out.print(_tabulate(scores, taught.dimensions, result["int8_ccc"]))
+    for (file, size), milliseconds in zip(result["bytes"].items(), result["milliseconds_for_5_s"].values(), strict=True):
+        out.print(f"{workdir / 'model' / file}: {size / 1000:.0f} kB, {milliseconds:.1f} ms for 5 s of audio, 1 thread")
+    for kind, why in result["failed"].items():
+        out.print(f"Without {kind}: {why}", style="bold", markup=False, highlight=False)
+    out.print(f"A/D/V over time, student and teacher: {picture}")
+    minutes = result["seconds"] / 60
+    out.print(f"All of it took {minutes:.1f} minutes. The values imitate a rule; for emotion, give it a real teacher.")
+    first = np.flatnonzero(bank.clips["split"] == "test")[0]
+    _print_next(out, workdir / "model", corpus.parent / bank.clips["name"][first])
+    return result
+
+
+def _make_bank(workdir: Path, out: Console, reporter: Callable) -> tuple[Path, Bank]:
+    """The list of the spoken clips, and their bank."""
+    out.print("1/7 speak: sentences in seven languages, by eSpeak NG", style="bold")
+    with reporter("speak", "clips") as progress:
+        corpus = speech.make_corpus(workdir / "speech", progress=progress.report)
+    out.print("2/7 decode into a bank", style="bold")
+    with reporter("decode", "clips") as progress:
+        build_bank(corpora.read("csv", corpus), workdir / "bank", corpus="csv", progress=progress.report)
+    return corpus, Bank(workdir / "bank")
+
+
+def _label(workdir: Path, bank: Bank, out: Console, reporter: Callable) -> tuple:
+    """Views, their labels, and the teacher."""
+    out.print("3/7 draw views, and label them with the acoustic teacher (a stand-in: a rule, no emotion model)", style="bold")
+    drawn = views.draw(bank, **VIEWS)
+    drawn.save(workdir / "views.parquet")
+    teacher = teachers.load("acoustic")
+    with reporter("label", "views") as progress:
+        label.label(bank, drawn, teacher, workdir / "labels", progress=progress.report)
+    return drawn, labels.read(workdir / "labels", drawn), teacher
+
+
+def _tabulate(scores: dict, dimensions: tuple[str, ...], int8: dict | None) -> Table:
+    """The closing table: CCC with the teacher, and of int8 with fp32 where there is an int8."""
     table = Table(title="Wav2Small and its teacher on held-out voices", title_justify="left")
     for column in ("dimension", "CCC", "95 % interval", *(["int8 against fp32"] if int8 else [])):
         table.add_column(column, justify="left" if column == "dimension" else "right")
-    for dimension in known.dimensions:
-        score = scores[dimension]
-        cells = [dimension, f"{score['ccc']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}"]
-        table.add_row(*cells, *([f"{int8[dimension]:.4f}"] if int8 else []))
+    for name in dimensions:
+        score = scores[name]
+        cells = [name, f"{score['ccc']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}"]
+        table.add_row(*cells, *([f"{int8[name]:.4f}"] if int8 else []))
     table.add_row("mean", f"{scores['mean']:.3f}", "", *([f"{np.mean(list(int8.values())):.4f}"] if int8 else []))
-    out.print(table)
-    seconds = time.perf_counter() - began
-    for kind, row in kinds.items():
-        file = workdir / "model" / row["file"]
-        out.print(f"{file}: {row['bytes'] / 1000:.0f} kB, {milliseconds[kind]:.1f} ms for 5 s of audio, 1 thread")
-    for kind, why in exported["failed"].items():
-        out.print(f"Without {kind}: {why}", style="bold", markup=False, highlight=False)
-    out.print(f"A/D/V over time, student and teacher: {picture}")
-    out.print(f"All of it took {seconds / 60:.1f} minutes. The values imitate a rule; for emotion, give it a real teacher.")
-    _next(out, workdir / "model", corpus.parent / bank.clips["name"][np.flatnonzero(bank.clips["split"] == "test")[0]])
-    return {
-        "mean_ccc": scores["mean"],
-        "ccc": {name: scores[name]["ccc"] for name in known.dimensions},
-        "int8_ccc": int8,
-        "failed": exported["failed"],
-        "bytes": {row["file"]: row["bytes"] for row in kinds.values()},
-        "milliseconds_for_5_s": {kind: round(value, 2) for kind, value in milliseconds.items()},
-        "clips_per_second": trained["clips_per_second"],
-        "picture": str(picture),
-        "seconds": round(seconds, 1),
-    }
+    return table
 
 
 @contextlib.contextmanager
-def _quiet(what: str, unit: str):
-    yield lambda *_, **__: None
+def _report_nothing(job: str, unit: str) -> Iterator[SimpleNamespace]:
+    yield SimpleNamespace(report=lambda done, total, **figures: None)
 
 
-def _steps(workdir: Path, asked: int | None, out: Console) -> int:
-    """The steps to train: those of the run that is there, unless others are asked for, which is refused before any work."""
-    kept = workdir / "run"
-    if not (kept / "config.json").exists():
-        return STEPS if asked is None else asked
-    there = read_json(kept / "config.json", "run")["config"]["steps"]
-    if asked not in (None, there):
-        raise MismatchError(f"{kept} holds a run of {there} steps, not {asked}; delete {kept}, or choose another --workdir")
+def _choose_steps(workdir: Path, wanted: int | None, out: Console) -> int:
+    """The steps to train: those of the run that is there. Others are refused, before any work."""
+    run = workdir / "run"
+    if not (run / "config.json").exists():
+        return STEPS if wanted is None else wanted
+    there = read_json(run / "config.json", "run")["config"]["steps"]
+    if wanted not in (None, there):
+        raise MismatchError(f"{run} holds a run of {there} steps, not {wanted}; delete {run}, or choose another --workdir")
     if there != STEPS:
-        out.print(f"{kept} holds a run of {there} steps, which is kept; for the usual {STEPS} delete {kept} and run this again")
+        out.print(f"{run} holds a run of {there} steps, which is kept; for the usual {STEPS} delete {run} and run this again")
     return there
 
 
-def _next(out: Console, model: Path, audio: Path) -> None:
-    """Print commands that work when they are typed as they are."""
+def _print_next(out: Console, model: Path, audio: Path) -> None:
+    """Print commands that work as they are printed."""
     w2s, model, audio = program("w2s"), shlex.quote(str(model)), shlex.quote(str(audio))
     out.print("\nNext:", style="bold")
     for command in (
@@ -146,17 +158,6 @@ def _next(out: Console, model: Path, audio: Path) -> None:
         f"{w2s} bank build YOUR_FOLDER --out bank        (then views draw, label, train, eval, export: see the README)",
     ):
         out.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
-
-
-def _median_milliseconds(predictor: Predictor, runs: int = 15) -> float:
-    wave = np.random.default_rng(0).standard_normal(5 * SAMPLING_RATE).astype(np.float32)
-    predictor(wave)
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        predictor(wave)
-        times.append(time.perf_counter() - start)
-    return 1000 * float(np.median(times))
 
 
 def _held_out(bank: Bank) -> tuple[np.ndarray, str]:

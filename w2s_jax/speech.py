@@ -1,7 +1,7 @@
 """Generated speech for the quickstart and the tests: eSpeak NG out of the wheel ``espeakng-loader``, no system package.
 
-The voices sound like a machine, and what they say is neutral; the corpus is there to run the whole chain on, with many
-voices, rates and pitches, not to stand for human speech. The sentences are original and go with this package's licence.
+The voices sound like a machine and the sentences are neutral: the corpus has many voices, rates and pitches to run the whole
+chain on, but it does not represent human speech. The sentences were written for this package and have its licence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from w2s_jax.files import fingerprint, read_json, write_atomic
 
 COLUMNS = ("file", "start", "end", "split", "speaker", "arousal", "dominance", "valence")
 
-#: Raised when a corpus of the same settings would come out different.
+#: Increased when the same settings give another corpus.
 VERSION = 1
 
 #: Speakers per split, as eSpeak NG voice + variant. No variant is in two splits, so a held-out voice is a new one in
@@ -162,11 +162,11 @@ class _Espeak:
         except ImportError as error:
             raise missing_extra("espeakng-loader", "quickstart") from error
         source, data = Path(espeakng_loader.get_library_path()), Path(espeakng_loader.get_data_path())
-        # the copy can go as soon as it is loaded, except on Windows, where it stays until the next clean-up
+        # the copy can be deleted as soon as it is loaded, except on Windows, where it stays until the next clean-up
         with tempfile.TemporaryDirectory(prefix="w2s-espeak-", ignore_cleanup_errors=True) as directory:
             try:
                 self._library = ctypes.CDLL(shutil.copy(source, directory))
-            except OSError:  # a temporary directory may forbid to execute; then the state is shared, and works
+            except OSError:  # files in a temporary directory may not be executable; without the copy the state is shared
                 try:
                     self._library = ctypes.CDLL(str(source))
                 except OSError as error:
@@ -181,7 +181,7 @@ class _Espeak:
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         self._variants = {path.name for path in (data / "voices" / "!v").iterdir()}
         self._chunks: list[np.ndarray] = []
-        self._callback = _CALLBACK(self._receive)  # kept: the library holds only the address
+        self._callback = _CALLBACK(self._receive)  # referenced here: the library has only the address
 
     def _receive(self, samples, count, events) -> int:
         if samples and count > 0:
@@ -194,7 +194,7 @@ class _Espeak:
             if not low <= value <= high:
                 raise UsageError(f"{name} is {value}; eSpeak NG takes {low} to {high}")
         with _lock:
-            # an unknown variant is ignored by the library, so it is looked up here
+            # checked here, as the library ignores an unknown variant
             variant = voice.partition("+")[2]
             if ("+" in voice and variant not in self._variants) or self._library.espeak_SetVoiceByName(voice.encode()):
                 raise UsageError(f"unknown voice {voice!r}; expected a language of eSpeak NG, or one with a variant: en-us+m3")
@@ -212,12 +212,12 @@ _shared: _Espeak | None = None
 
 
 def synthesise(text: str, voice: str = "en-us", rate: int = 175, pitch: int = 50, range: int = 50) -> tuple[np.ndarray, int]:
-    """Speak a text. Safe to call from several threads, one at a time speaks.
+    """Synthesise a text. Threads may call it; they take turns.
 
     Repeating a call gives the same speech but not the same samples: the library carries its phase and noise on.
 
     Args:
-        text: what to say.
+        text: what is spoken.
         voice: a language or voice of eSpeak NG, with a variant or without: ``de``, ``en-us+f2``.
         rate: words per minute, 80 to 450.
         pitch: base pitch, 0 to 99; 50 is the voice's own.
@@ -246,12 +246,12 @@ def make_corpus(
 ) -> Path:
     """Write a corpus of generated speech: mono 16-bit WAV files and a ``corpus.csv`` that lists them.
 
-    The columns are ``COLUMNS``; start, end and the labels are empty (whole files, a teacher labels them). The clips are
-    dealt to the speakers in turn; each has its own sentences, rate (110 to 260 words per minute), pitch (20 to 80) and
-    range (10 to 90), and lasts about 2.5 to 5 seconds. The splits share no speaker. The same settings give the same bytes.
+    The columns are ``COLUMNS``; start, end and the labels are empty (whole files, a teacher labels them). The speakers take
+    turns; each clip has random sentences, rate (110 to 260 words per minute), pitch (20 to 80) and range (10 to 90), and lasts
+    about 2.5 to 5 seconds. The splits share no speaker. The same settings give the same bytes.
 
     Args:
-        directory: where to; made whole under a temporary name, then renamed. A corpus of the same settings is kept as it
+        directory: where to; it is written under a temporary name, then renamed. A corpus of the same settings stays as it
             is, one of other settings is replaced.
         seed: another seed gives other sentences, rates and pitches with the same speakers.
         clips: how many clips in all splits together.
@@ -302,7 +302,7 @@ def make_corpus(
 
 
 def _speak_clip(espeak: _Espeak, speaker: str, random: np.random.Generator) -> np.ndarray:
-    """One clip of random sentences, int16 [T], at most 5 s, without the silence around them."""
+    """Synthesise random sentences: int16 [T], at most 5 s, without the silence at both ends."""
     rate = round(math.exp(random.uniform(math.log(110), math.log(260))))
     pitch, range_ = int(random.integers(20, 81)), int(random.integers(10, 91))
     sentences = random.permutation(SENTENCES[speaker.partition("+")[0].partition("-")[0]])

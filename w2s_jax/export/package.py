@@ -25,6 +25,7 @@ from w2s_jax.export.deploy import BLOCK, deploy, in_chunks
 from w2s_jax.export.quantize import COVERAGE, quantize
 from w2s_jax.files import write_atomic
 from w2s_jax.kinds import FILES
+from w2s_jax.measure import measure_kinds
 from w2s_jax.metrics import ccc
 from w2s_jax.names import line, markdown
 from w2s_jax.runtime import Predictor
@@ -72,11 +73,12 @@ def export_student(
     out: str | Path,
     calibration: Sequence[np.ndarray] | None = None,
     check: Sequence[np.ndarray] | None = None,
-    progress: Callable[[str], object] | None = None,
+    message: Callable[[str], object] | None = None,
     min_ccc: float = 0.99,
     kinds: Sequence[str] | None = None,
     weight_bits: int = 7,
-    measure: Callable[[Mapping[str, Path]], Mapping[str, dict]] | None = None,
+    measure: bool = False,
+    against: Path | None = None,
 ) -> dict:
     """Write a model directory for a trained student.
 
@@ -91,21 +93,22 @@ def export_student(
             differ. They set the ranges of eight-bit numbers; without them there are exact kinds only.
         check: float32 [T] each, on which the kinds that round are judged against fp32. Default: every fourth calibration wave,
             which then sets no ranges.
-        progress: called with a line of text at each step.
+        message: called with a line of text at each step.
         min_ccc: the least CCC with fp32, in every dimension, of a kind that rounds.
         kinds: keys of ``kinds.FILES``, or "all" that this student can have; "fp32" is always among them, as it is what the
             others are held against. Default: ``DEFAULT``, without "int8" if there is no calibration audio.
         weight_bits: of the weights of "int8", "qdq" and "int8-int4" (the latter's convolutions). 7 are right on every
             processor. 8 are for ARM and x86 with VNNI, which files, card and report say: elsewhere their sums overflow, and
             ``Predictor`` refuses them.
-        measure: called with kind → file before the directory is written; what it returns of a kind is put into the report.
+        measure: put time and peak memory of each kind on this machine into the report (``measure.measure_kinds``).
+        against: another ONNX file, measured beside them; the report then has the ratio of their times.
 
     Returns:
         What export.json holds: ``files`` (bytes of each but export.json),
         ``sha256`` (of the same), ``parity`` (limit, max_difference, largest_output,
         lengths, signals; of fp32 against Flax), ``kinds`` (kind → file, bytes, lengths that it was tried on; of exact kinds
         difference_from_flax on these; max_difference, views and ccc per dimension against fp32 on the check waves; how it was
-        calibrated or is to be cut; what ``measure`` found), ``failed`` and ``skipped`` (kind → why it is not there),
+        calibrated or is to be cut; time and memory, if measured), ``failed`` and ``skipped`` (kind → why it is not there),
         ``passes`` (by how much each graph pass changed the outputs), ``versions``.
 
     Raises:
@@ -118,7 +121,7 @@ def export_student(
             ``min_ccc``, or it could not be built.
     """
     graph.require_tools()
-    say = progress or (lambda line: None)
+    say = message or (lambda line: None)
     out = Path(out).resolve()
     if out.exists() and not (out / REPORT).exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not a model directory (it has no {REPORT}); choose another place")
@@ -176,7 +179,7 @@ def export_student(
             elif check:
                 say(f"{kind}: {len(content) / 1000:.1f} kB, CCC with fp32 at least {min(row['ccc'].values()):.5f}")
             made[kind], report["kinds"][kind] = file, row
-        for kind, figures in (measure(made) if measure else {}).items():
+        for kind, figures in (measure_kinds(made, against, say) if measure or against else {}).items():
             report["kinds"][kind] |= figures
         files = {file.name: file.read_bytes() for file in made.values()}
     for kind, why in skipped.items():

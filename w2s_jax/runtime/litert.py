@@ -20,18 +20,17 @@ import numpy as np
 
 from w2s_jax.errors import W2SError, missing_extra
 
-#: Where a file's facts are: in a zip archive behind the network, as TensorFlow Lite's "associated files" are.
+#: The file with the metadata, in a zip archive behind the network, as TensorFlow Lite's "associated files" are.
 MEMBER = "w2s_jax.json"
-#: The fact that tells a damaged network from a whole one.
+#: The key of the metadata with the network's checksum.
 CHECKSUM = "crc32"
-#: What every TensorFlow Lite network has behind its first 4 bytes.
+#: Bytes 4 to 8 of every TensorFlow Lite network.
 _IDENTIFIER = b"TFL3"
-#: Bytes of the facts; of a tensor of the network, before it is asked for an input of any length.
-_LARGEST_FACTS, _LARGEST_TENSOR = 1 << 20, 1 << 29
+#: Limits in bytes: of the metadata, and of a tensor of the network at the input length that is in the file.
+_LARGEST_METADATA, _LARGEST_TENSOR = 1 << 20, 1 << 29
 
-
-#: An interpreter keeps the memory of its longest input (7 MB per second of audio for a Wav2Small); one that has heard this many
-#: times what it is to hear now is replaced.
+#: An interpreter keeps the memory of its longest input (7 MB per second of audio for a Wav2Small). It is replaced for an input
+#: that is this many times shorter.
 _SHRINK = 8
 
 
@@ -77,15 +76,16 @@ class Session:
         return [_end(details) for details in self._outputs]
 
     def get_modelmeta(self) -> SimpleNamespace:
-        """An object whose ``custom_metadata_map`` is what the file says of itself, a dict of strings."""
+        """An object whose ``custom_metadata_map`` is the file's metadata, a dict of strings."""
         return SimpleNamespace(custom_metadata_map=self._metadata)
 
-    def run(self, names: Sequence[str] | None, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Outputs for one input.
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, np.ndarray], options: object = None) -> list[np.ndarray]:
+        """Compute the outputs for one input.
 
         Args:
             names: of the wanted outputs; None for all.
             feeds: the input's name → float32 [1, T].
+            options: those of onnxruntime; they change nothing here.
 
         Raises:
             KeyError: no such input or output.
@@ -115,7 +115,7 @@ class Session:
 
 
 def read(content: bytes, name: str = "the model") -> tuple[bytes, dict[str, str]]:
-    """The network in the content of a .tflite file, and the facts behind it (none in a file that w2s_jax has not made).
+    """Split the content of a .tflite file into the network and its metadata (empty in a file that w2s_jax has not made).
 
     Raises:
         W2SError: the file is damaged, or something else; ``name`` is for the message.
@@ -125,22 +125,22 @@ def read(content: bytes, name: str = "the model") -> tuple[bytes, dict[str, str]
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             network = content[: min(entry.header_offset for entry in archive.infolist())]
-            facts = {}
+            metadata = {}
             if MEMBER in archive.namelist():
                 with archive.open(MEMBER) as file:  # never read whole: a zip archive may hold a thousand times its size
-                    text = file.read(_LARGEST_FACTS + 1)
-                if len(text) > _LARGEST_FACTS:
-                    raise ValueError(f"more than {_LARGEST_FACTS} bytes")
-                facts = json.loads(text)
+                    text = file.read(_LARGEST_METADATA + 1)
+                if len(text) > _LARGEST_METADATA:
+                    raise ValueError(f"more than {_LARGEST_METADATA} bytes")
+                metadata = json.loads(text)
     except Exception as error:  # zipfile's and zlib's exception classes share no base and depend on the fault
         if MEMBER.encode() in content:
             raise W2SError(f"{name} is damaged: its description cannot be read ({' '.join(str(error).split())})") from error
         return content, {}
-    if not isinstance(facts, dict) or not all(isinstance(value, str) for value in facts.values()):
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise W2SError(f"{name} is damaged: expected strings in {MEMBER}")
-    if CHECKSUM in facts and facts[CHECKSUM] != checksum(network):
-        raise W2SError(f"{name} is damaged: its checksum is {checksum(network)}, expected {facts[CHECKSUM]}")
-    return network, facts
+    if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(network):
+        raise W2SError(f"{name} is damaged: its checksum is {checksum(network)}, expected {metadata[CHECKSUM]}")
+    return network, metadata
 
 
 def _check_subgraphs(network: bytes, name: str) -> None:
@@ -168,7 +168,7 @@ def checksum(network: bytes) -> str:
 
 
 def _interpreter() -> type:
-    """The first interpreter that is installed; the small packages before all of TensorFlow."""
+    """The class of the first interpreter that is installed; the small packages come before TensorFlow."""
     for module in ("ai_edge_litert.interpreter", "tflite_runtime.interpreter", "tensorflow.lite.python.interpreter"):
         try:
             return importlib.import_module(module).Interpreter

@@ -1,8 +1,8 @@
-"""What an .onnx file is made of, read without the onnx package, and a refusal of what must not become a session.
+"""Check an .onnx file, without the onnx package, before onnxruntime opens it.
 
-A model may come from a stranger. onnxruntime runs what it is given: it reads other files that a model names, loops for ever and
-takes what memory a few bytes ask for. So a file is read once before, in bounded time and memory. What is decided on the way
-by the sizes of tensors alone is left to the limit of memory that every session has (``session.memory_limit``).
+A model may come from a stranger, and onnxruntime runs whatever it contains: it reads other files that a model names, loops for
+ever, and allocates as much memory as a few bytes ask for. So the file is parsed first, in bounded time and memory. Tensors that
+become large only with the input are left to the memory limit that every session has (``session.memory_limit``).
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from w2s_jax.errors import W2SError
 LARGEST = 1 << 25
 #: Fields of all messages together. A MobileNet has 10,000; a Transformer of 24 layers, as PyTorch writes it, 300,000.
 MOST_FIELDS = 1_000_000
-#: ``If`` in ``If``.
+#: Levels of ``If`` in ``If``.
 DEEPEST = 4
-#: Bytes of all that a file says of itself.
+#: Bytes of the metadata.
 MOST_METADATA = 1 << 20
 
 #: Standard operators and onnxruntime's own; "ai.onnx" is the long name of "".
 DOMAINS = ("", "ai.onnx", "com.microsoft")
-#: Run a body as often as a constant says, or read another file.
+#: Operators that repeat a body as often as a constant tells, or read another file.
 REFUSED = ("Loop", "Scan", "SequenceMap", "EPContext")
-#: Operators whose output is as large as constants say: where these are among the inputs.
+#: Operators whose output size is set by constants → the positions of these among the inputs.
 _SIZED = {
     "BlackmanWindow": (0,), "CenterCropPad": (1,), "Col2Im": (1,), "ConstantOfShape": (0,), "DFT": (1,), "Expand": (1,),
     "HammingWindow": (0,), "HannWindow": (0,), "MelWeightMatrix": (0, 1), "OneHot": (1,), "Pad": (1,), "Range": (0, 1, 2),
     "Resize": (1, 2, 3), "Tile": (1,), "Upsample": (1,),
 }  # fmt: skip
-#: Constants that are looked at have no more elements: they are shapes, not weights.
+#: Only constants with at most so many elements are read: shapes, not weights.
 _SHORT = 64
 #: TensorProto.DataType → bits of an element in ``raw_data``; strings are not among them.
 _BITS = {
@@ -40,7 +40,7 @@ _BITS = {
     7: 64, 11: 64, 13: 64, 14: 64, 15: 128, 21: 4, 22: 4, 23: 4, 25: 2, 26: 2,
 }  # fmt: skip
 _STRING = 8
-#: TensorProto.DataType → how ``struct`` reads it; floats are sizes of ``Resize``.
+#: TensorProto.DataType → its format in ``struct``; floats are sizes of ``Resize``.
 _FORMATS = {1: "f", 6: "i", 7: "q", 11: "d"}
 
 
@@ -52,7 +52,7 @@ def check(content: bytes, name: str) -> None:
         name: for messages.
 
     Raises:
-        W2SError: one line that says what is refused, and where there is one, a way out.
+        W2SError: one line with the reason, and with a way out where there is one.
     """
     _File(content, name).model()
 
@@ -83,8 +83,8 @@ class _File:
     def _fields(self, at: int, end: int, kinds: dict[int, str]) -> Iterator[tuple[int, int, int]]:
         """(number, start, end) of each field between two bytes, or (number, value, value) of a number.
 
-        ``kinds`` says what the fields that are looked at must be: "n" a number, "m" bytes, "f" four bytes, "*" bytes or a
-        number, as a repeated number is.
+        ``kinds``: number → wire type of the fields that are read: "n" a number, "m" bytes, "f" four bytes, "d" eight; "*" bytes
+        or a number, as a repeated number is.
         """
         while at < end:
             self._left -= 1
@@ -165,7 +165,7 @@ class _File:
             if operator == "Constant" and outputs and attributes:
                 constants[outputs[0]] = next(iter(attributes.values()))
         for operator, inputs, _, attributes, bodies in nodes:
-            self._sizes(operator, inputs, attributes, constants)
+            self._check_sizes(operator, inputs, attributes, constants)
             for body in bodies:
                 self._graph(*body, constants, depth + 1)
 
@@ -222,14 +222,14 @@ class _File:
         return name, values, bodies
 
     def _integers(self, start: int, end: int) -> list[int]:
-        """Packed numbers, or a single one (start and end are its value); the first few of many."""
+        """Packed numbers, at most ``_SHORT`` of them, or a single one (start and end are its value)."""
         if start == end:
             return [_signed(start)]
-        found = []
-        while start < end and len(found) < _SHORT:
+        values = []
+        while start < end and len(values) < _SHORT:
             value, start = self._varint(start, end)
-            found.append(_signed(value))
-        return found
+            values.append(_signed(value))
+        return values
 
     def _tensor(self, start: int, end: int) -> tuple[str, list | None]:
         """Name, and values if they are few."""
@@ -278,7 +278,7 @@ class _File:
         return name, numbers or None
 
     def _value(self, start: int, end: int, inward: bool) -> None:
-        """An end of a graph: its names are text, and an input of a fixed size can be made."""
+        """Check an input (``inward``) or output of a graph: its names are text, a fixed size of an input is not absurd."""
         for number, *place in self._fields(start, end, {1: "m", 2: "m"}):
             if number == 1:
                 self._text(*place)
@@ -303,20 +303,20 @@ class _File:
         if inward and math.prod(sizes) > LARGEST:
             raise self._refusal(f"it wants {math.prod(sizes):,} samples at once, expected at most {LARGEST:,}")
 
-    def _sizes(self, operator: str, inputs: list[str], attributes: dict[str, list], constants: dict[str, list]) -> None:
-        """Refuse an operator that constants tell to make something huge."""
+    def _check_sizes(self, operator: str, inputs: list[str], attributes: dict[str, list], constants: dict[str, list]) -> None:
+        """Refuse an operator whose output constants make huge."""
         given = [constants.get(inputs[at]) for at in _SIZED.get(operator, ()) if at < len(inputs)]
-        asked = [_product(attributes.get(key, [])) for key in ("shape", "output_shape", "output_padding", "scales", "repeats")]
-        asked.append(_around(attributes.get("pads", [])))
+        sizes = [_product(attributes.get(key, [])) for key in ("shape", "output_shape", "output_padding", "scales", "repeats")]
+        sizes.append(_around(attributes.get("pads", [])))
         if operator == "Range" and all(given):
             (first,), (last,), (step,) = (values[:1] for values in given)
-            asked.append(abs(last - first) / abs(step) if step else 0)
+            sizes.append(abs(last - first) / abs(step) if step else 0)
         elif operator == "Pad" and all(given):
-            asked += map(_around, given)
+            sizes += map(_around, given)
         elif operator != "Range":
-            asked += [_product(values) for values in given if values]
-        if any(not size <= LARGEST for size in asked):
-            raise self._refusal(f"an operator {operator!r} makes {max(asked):,.0f} numbers, expected at most {LARGEST:,}")
+            sizes += [_product(values) for values in given if values]
+        if any(not size <= LARGEST for size in sizes):
+            raise self._refusal(f"an operator {operator!r} makes {max(sizes):,.0f} numbers, expected at most {LARGEST:,}")
 
 
 def _signed(value: int) -> int:

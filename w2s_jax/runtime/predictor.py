@@ -16,25 +16,24 @@ from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.files import read_json
 from w2s_jax.kinds import FILES
 from w2s_jax.names import check_dimensions, line
-from w2s_jax.runtime import litert
-from w2s_jax.runtime.session import one_line, open_session, out_of_memory, shrinking
+from w2s_jax.runtime.session import onnxruntime_errors, open_session, shrinking
 
 SIGNAL, LOGITS = "signal", "logits"
-#: The other ends of the kind "chunked".
+#: The other inputs and the other output of the kind "chunked".
 CARRIED, NEXT = ("state", "first", "last"), "next"
-#: That of ``models.frontend``, which this floor must not import.
+#: As in ``models.frontend``, which this floor must not import.
 NORM_EPSILON = 1e-7
-#: Samples that are worked on at a time where a whole recording need not be.
+#: Samples of a block, where a recording is read block by block.
 BLOCK = 1 << 18
 #: Larger samples are refused: the mean of their squares, which the network divides by, would overflow float32.
 LOUDEST = 1e15
-#: Samples from which on a call gives its memory back, which would be kept for calls to come: 30 s.
+#: Calls of more samples than these (30 s) free their memory at the end; shorter ones keep it for the next call.
 LONG = 30 * SAMPLING_RATE
-#: The shortest input where the file does not say: one STFT frame of Wav2Small.
+#: The shortest input of a file without such metadata: one STFT frame of Wav2Small.
 MINIMUM_SAMPLES = 64
 #: Rates in Hz that a file may ask for.
 RATES = 1000, 384_000
-#: The longest shortest input that a file may ask for: 10 minutes.
+#: The largest ``minimum_samples`` that a file may ask for: 10 minutes.
 LONGEST_MINIMUM = 600 * SAMPLING_RATE
 #: Of a model directory; names its files and their checksums.
 REPORT = "export.json"
@@ -44,12 +43,12 @@ class Predictor:
     """An exported model, ready to run: ``predictor(wave, sampling_rate)`` → ``{"arousal": 0.61, ...}``.
 
     One predictor may be called from several threads at once. Memory does not grow from call to call, whatever the lengths;
-    a call needs about 2 MB per second of audio, so hours belong into :meth:`windows`, or to the kind "chunked", which judges a
-    recording of any length as a whole in a few MB (a memory-mapped array need not even be in memory).
+    a call needs about 2 MB per second of audio. For hours there are :meth:`windows`, and the kind "chunked", which computes the
+    values of a whole recording in a few MB (of a memory-mapped array, too).
 
     A file is checked before it runs: one that is damaged, loops, reads other files or asks for absurd sizes is refused. Files
-    of a model directory are held against the checksums in its export.json, if there is one. A predictor can be pickled: the
-    path travels, and the file is opened anew.
+    of a model directory are compared with the checksums in its export.json, if there is one. A predictor can be pickled: the
+    pickle has the path, and the file is opened again.
 
     Args:
         path: a model directory, or a file (.onnx, .tflite) with input ``signal`` float32 [1, time], output ``logits`` [1, D];
@@ -60,8 +59,8 @@ class Predictor:
 
     Attributes:
         dimensions: tuple of names, in output order.
-        metadata: what the file says of itself, a dict of strings.
-        sampling_rate: what the network hears, in Hz.
+        metadata: that of the file, a dict of strings.
+        sampling_rate: of the network's input, in Hz.
         minimum_samples: the shortest input at that rate.
         path: the .onnx file.
 
@@ -69,7 +68,7 @@ class Predictor:
         UsageError: nothing at that path, no such kind, another kind of network, or 8-bit weights on a processor whose sums of
             them overflow.
         MismatchError: the names given are not as many as the outputs, or not those in the file.
-        W2SError: the file is damaged or is refused; says why.
+        W2SError: the file is damaged or is refused; gives the reason.
 
     Example:
         >>> predictor = Predictor("model", kind="int8")  # doctest: +SKIP
@@ -85,7 +84,7 @@ class Predictor:
         dimensions: Sequence[str] | None = None,
     ):
         self.path = _model_file(Path(path), kind)
-        _check_sum(self.path)
+        _check_checksum(self.path)
         self._made = threads, None if dimensions is None or isinstance(dimensions, str) else tuple(dimensions)
         self._session, _ = open_session(self.path, threads)
         outputs = self._check_ends()
@@ -93,21 +92,21 @@ class Predictor:
         self.dimensions = self._names(dimensions, outputs)
         self.sampling_rate = self._number("sampling_rate", SAMPLING_RATE, *RATES)
         self.minimum_samples = self._number("minimum_samples", MINIMUM_SAMPLES, 1, LONGEST_MINIMUM)
-        self._pieces = Pieces(self._session, self.path) if len(self._session.get_inputs()) > 1 else None
+        self._chunks = ChunkRunner(self._session, self.path) if len(self._session.get_inputs()) > 1 else None
 
     def __reduce__(self) -> tuple:
         threads, dimensions = self._made
         return type(self), (str(self.path.absolute()), None, threads, dimensions)
 
     def __call__(self, wave: np.ndarray, sampling_rate: int = SAMPLING_RATE) -> dict[str, float]:
-        """The values of one recording.
+        """Predict the values of one recording.
 
         Silence is an input like any other: the network maps every silent (or constant) recording to the same finite values,
         which mean nothing.
 
         Args:
             wave: floating point [T], [1, T], or [2, T], whose two channels are averaged. More rows may be a batch, which is
-                not heard at once: call for each clip, or average the channels before (``wave.mean(axis=0)``). The level does
+                refused: call for each clip, or average the channels before (``wave.mean(axis=0)``). The level does
                 not matter to the students here, unless it is close to silence (root mean square below about 0.005).
             sampling_rate: of ``wave``, in Hz; other rates than the network's are resampled (needs soxr).
 
@@ -118,7 +117,7 @@ class Predictor:
             UsageError: another shape or type, or fewer than ``minimum_samples``.
             W2SError: a sample is not finite (names the first), or so large that the network overflows.
         """
-        return self._run(self._prepared(wave, sampling_rate))
+        return self._run(self._prepare(wave, sampling_rate))
 
     def windows(
         self,
@@ -127,11 +126,11 @@ class Predictor:
         window: float = 5.0,
         hop: float = 1.0,
     ) -> Iterator[tuple[float, float, dict[str, float]]]:
-        """Values over time, each window judged for itself.
+        """Predict values over time, for each window on its own.
 
         Windows begin at 0, hop, 2·hop, ... as long as they fit. If the last of them ends before the audio does, one more is
-        aligned with the end of the audio, so that no sample goes unheard (unless ``hop`` is larger than ``window``). Audio that
-        is shorter than a window is one shorter window.
+        aligned with the end of the audio: every sample is in a window (unless ``hop`` is larger than ``window``). Audio that is
+        shorter than a window is one shorter window.
 
         Args:
             wave: floating point [T], [1, T] or [2, T], as for a call; or an iterable of blocks [T] of any lengths at the
@@ -156,7 +155,7 @@ class Predictor:
         if step < 1:
             raise UsageError(f"hop must be at least one sample, got {hop} s")
         if isinstance(wave, np.ndarray):
-            return self._slide([self._prepared(wave, sampling_rate)], size, step)
+            return self._slide([self._prepare(wave, sampling_rate)], size, step)
         if sampling_rate != self.sampling_rate:
             raise UsageError(f"blocks must be at {self.sampling_rate} Hz, got {sampling_rate}; resample them, or give an array")
         return self._slide(self._blocks(wave), size, step)
@@ -189,7 +188,7 @@ class Predictor:
         return f"Predictor({str(self.path)!r}: {', '.join(self.dimensions)})"
 
     def _check_ends(self) -> int:
-        """Number of outputs D of a session that has the two ends every model here has."""
+        """The number of outputs D, once the session has the input and the output that every model here has."""
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         ends = [(end.name, end.type, end.shape) for end in (*inputs, *outputs)]
         names = [tuple(end.name for end in part) for part in (inputs, outputs)]
@@ -204,9 +203,9 @@ class Predictor:
             and logits.shape[1] > 0
         )
         if not fits:
-            found = ", ".join(f"{name} {shape} {kind}" for name, kind, shape in ends)
+            got = line(", ".join(f"{name} {shape} {kind}" for name, kind, shape in ends))
             raise UsageError(
-                f"{self.path}: expected float inputs and outputs {SIGNAL} [1, time] and {LOGITS} [1, D], got {line(found)}"
+                f"{self.path}: expected float inputs and outputs {SIGNAL} [1, time] and {LOGITS} [1, D], got {got}"
             )
         return logits.shape[1]
 
@@ -234,14 +233,14 @@ class Predictor:
             )
         return int(value)
 
-    def _prepared(self, wave: np.ndarray, sampling_rate: int) -> np.ndarray:
+    def _prepare(self, wave: np.ndarray, sampling_rate: int) -> np.ndarray:
         """Check, mix down, resample: → float32 [T] at the network's rate."""
         path = isinstance(wave, str | os.PathLike)
         wave = np.asarray(wave)
         if wave.ndim == 2 and wave.shape[0] in (1, 2) and wave.shape[0] <= wave.shape[1]:
-            wave = _checked(wave.reshape(-1), 0, wave.shape[1]).reshape(wave.shape).mean(axis=0)
+            wave = _check_samples(wave.reshape(-1), 0, wave.shape[1]).reshape(wave.shape).mean(axis=0)
         elif wave.ndim == 1:
-            wave = _checked(wave, 0)
+            wave = _check_samples(wave, 0)
         elif wave.ndim == 2:
             ways = "turn it round (wave.T)" if wave.shape[1] <= 2 else "average its channels (wave.mean(axis=0))"
             raise UsageError(
@@ -264,24 +263,24 @@ class Predictor:
             block = np.asarray(block)
             if block.ndim != 1:
                 raise UsageError(f"expected blocks [T], got one of shape {list(block.shape)}")
-            yield _checked(block, position)
+            yield _check_samples(block, position)
             position += len(block)
 
     def _slide(self, blocks: Iterable[np.ndarray], size: int, step: int) -> Iterator[tuple[float, float, dict[str, float]]]:
         ring = _Ring(size)
         due = size  # where the next window ends
-        judged = 0  # where the last window ended
+        end = 0  # of the last window
         for block in blocks:
             while ring.end + len(block) >= due:
                 head, block = np.split(block, [due - ring.end])
                 ring.push(head)
-                yield self._judged(ring)
-                judged, due = due, due + step
+                yield self._predict_last(ring)
+                end, due = due, due + step
             ring.push(block)
-        if judged < ring.end or judged == 0:
-            yield self._judged(ring)
+        if end < ring.end or end == 0:
+            yield self._predict_last(ring)
 
-    def _judged(self, ring: _Ring) -> tuple[float, float, dict[str, float]]:
+    def _predict_last(self, ring: _Ring) -> tuple[float, float, dict[str, float]]:
         wave = ring.last()
         values = self._run(wave)
         return (ring.end - len(wave)) / self.sampling_rate, ring.end / self.sampling_rate, values
@@ -289,18 +288,14 @@ class Predictor:
     def _run(self, wave: np.ndarray) -> dict[str, float]:
         if len(wave) < self.minimum_samples:
             raise UsageError(f"expected at least {self.minimum_samples} samples at {self.sampling_rate} Hz, got {len(wave)}")
-        try:
-            if self._pieces is not None:
-                logits = self._pieces(wave)
-            elif len(wave) > LONG and not isinstance(self._session, litert.Session):
-                (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]}, shrinking())
+        too_long = (
+            f"{self.path} needs too much memory for {len(wave)} samples; judge it in windows (Predictor.windows, --window)"
+        )
+        with onnxruntime_errors(f"{self.path} failed on {len(wave)} samples", too_long):
+            if self._chunks is not None:
+                logits = self._chunks(wave)
             else:
-                (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]})
-        except Exception as error:  # onnxruntime's exception classes share no base and depend on the fault
-            if out_of_memory(error):
-                way = "judge it in windows (Predictor.windows, --window)"
-                raise W2SError(f"{self.path} needs too much memory for {len(wave)} samples; {way}") from error
-            raise W2SError(f"{self.path} failed on {len(wave)} samples: {one_line(error)}") from error
+                (logits,) = self._session.run([LOGITS], {SIGNAL: wave[None]}, shrinking() if len(wave) > LONG else None)
         if logits.shape != (1, len(self.dimensions)):
             raise W2SError(f"{self.path} gave values of the shape {list(logits.shape)}, expected [1, {len(self.dimensions)}]")
         if not np.isfinite(logits).all():
@@ -310,13 +305,13 @@ class Predictor:
         return dict(zip(self.dimensions, logits[0].tolist(), strict=True))
 
 
-def in_pieces(names: Sequence[str]) -> bool:
-    """Whether a model with inputs of these names hears a recording in pieces: the kind "chunked"."""
+def is_chunked(names: Sequence[str]) -> bool:
+    """Whether a model with inputs of these names is of the kind "chunked"."""
     return tuple(names) == (SIGNAL, *CARRIED)
 
 
-class Pieces:
-    """Hears a recording in pieces, with the result of hearing it whole.
+class ChunkRunner:
+    """Runs a model of the kind "chunked" over a recording chunk by chunk; the result is that of the whole recording.
 
     Args:
         session: of the kind "chunked"; its metadata says how to cut.
@@ -335,7 +330,7 @@ class Pieces:
             )
             features = int(session.get_inputs()[1].shape[1])
         except (KeyError, TypeError, ValueError) as error:
-            raise W2SError(f"{path}: its metadata does not say how to cut a recording: {one_line(error)}") from error
+            raise W2SError(f"{path}: its metadata does not say how to cut a recording: {line(error, 300)}") from error
         self._start = first_state(features)
 
     def __call__(self, wave: np.ndarray) -> np.ndarray:
@@ -346,7 +341,7 @@ class Pieces:
         return logits
 
     def feeds(self, wave: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-        """What the model is fed, piece by piece, for float32 [T]; the state is the first one in all of them."""
+        """The model's inputs for each chunk of float32 [T]; ``state`` is the first one in all of them."""
         blocks = [slice(start, start + BLOCK) for start in range(0, len(wave), BLOCK)]
         mean = sum(wave[block].sum(dtype=np.float64) for block in blocks) / len(wave)
         power = sum(np.square(wave[block] - mean).sum(dtype=np.float64) for block in blocks) / len(wave)
@@ -357,17 +352,17 @@ class Pieces:
             end = min(start + self._tokens, tokens)
             first = max(0, start * self._stride - self._halo)
             last = min(frames, end * self._stride + self._halo)
-            piece = wave[first * self._hop : (last - 1) * self._hop + self._n_fft]
+            chunk = wave[first * self._hop : (last - 1) * self._hop + self._n_fft]
             before = start - first // self._stride
             bounds = (np.array([bound], np.int64) for bound in (before, before + end - start))
-            signal = ((piece - mean) * scale).astype(np.float32)
+            signal = ((chunk - mean) * scale).astype(np.float32)
             yield {SIGNAL: signal[None], **dict(zip(CARRIED, (self._start, *bounds), strict=True))}
 
 
 def first_state(features: int) -> np.ndarray:
-    """What the kind "chunked" carries before the first piece, float32 [3, features].
+    """The state of the kind "chunked" before the first chunk, float32 [3, features].
 
-    These are the largest score so far (lower than any), the sum of the weights, and the weighted sum.
+    Its rows are the largest score so far (lower than any score), the sum of the weights, and the weighted sum.
     """
     return np.array([[-1e30], [0], [0]], np.float32).repeat(features, axis=1)
 
@@ -378,21 +373,21 @@ class _Ring:
     def __init__(self, size: int):
         self.size = size
         self.end = 0  # samples pushed so far
-        self._held = np.empty(2 * size, np.float32)
+        self._buffer = np.empty(2 * size, np.float32)
         self._filled = 0
 
     def push(self, block: np.ndarray) -> None:
         self.end += len(block)
         block = block[-self.size :]
-        if self._filled + len(block) > len(self._held):
-            kept = self.last()[len(block) :] if len(block) < self.size else block[:0]
-            self._held[: len(kept)] = kept  # never overlaps: the last samples lie in the second half
-            self._filled = len(kept)
-        self._held[self._filled : self._filled + len(block)] = block
+        if self._filled + len(block) > len(self._buffer):
+            old = self.last()[len(block) :] if len(block) < self.size else block[:0]
+            self._buffer[: len(old)] = old  # never overlaps: the last samples lie in the second half
+            self._filled = len(old)
+        self._buffer[self._filled : self._filled + len(block)] = block
         self._filled += len(block)
 
     def last(self) -> np.ndarray:
-        return self._held[max(0, self._filled - self.size) : self._filled]
+        return self._buffer[max(0, self._filled - self.size) : self._filled]
 
 
 def _model_file(path: Path, kind: str | None) -> Path:
@@ -414,8 +409,8 @@ def _model_file(path: Path, kind: str | None) -> Path:
     return path
 
 
-def _checked(wave: np.ndarray, position: int, row: int | None = None) -> np.ndarray:
-    """As float32, all finite; ``position`` is that of the first sample, ``row`` the length of a channel."""
+def _check_samples(wave: np.ndarray, position: int, row: int | None = None) -> np.ndarray:
+    """Convert to float32, all of it finite; ``position`` is that of the first sample, ``row`` the length of a channel."""
     if not np.issubdtype(wave.dtype, np.floating):
         raise UsageError(f"expected floating-point samples of about -1..1, got {wave.dtype} (divide integers by full scale)")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
@@ -435,8 +430,8 @@ def _whole(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= 15
 
 
-def _check_sum(path: Path) -> None:
-    """Refuse a file that is not the one that the export.json beside it was written for; without one, or a sum in it, take it.
+def _check_checksum(path: Path) -> None:
+    """Refuse a file whose checksum is not that in the export.json beside it; accept it if there is none.
 
     Raises:
         W2SError: names the file, and what to do.
@@ -449,7 +444,7 @@ def _check_sum(path: Path) -> None:
     if expected is None:  # before 0.2
         return
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        said = f"its SHA-256 begins with {found[:12]}, but {line(expected, 12)} in {REPORT}"
-        raise W2SError(f"{path} is damaged: {said}; copy or export it again")
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
+        reason = f"its SHA-256 begins with {actual[:12]}, but {line(expected, 12)} in {REPORT}"
+        raise W2SError(f"{path} is damaged: {reason}; copy or export it again")

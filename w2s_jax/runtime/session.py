@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from w2s_jax import machine
@@ -12,8 +14,8 @@ from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.names import line
 from w2s_jax.runtime import onnxfile
 
-# onnxruntime reports its use to Microsoft from release 1.31 on, and on being imported writes ~/.cache/Microsoft/DeveloperTools;
-# its own function against it, which comes after the import, comes too late. Whoever wants it sets the variable to 0.
+# From release 1.31 on onnxruntime reports its use to Microsoft, and writes ~/.cache/Microsoft/DeveloperTools when imported; its
+# own function that turns this off can be called only afterwards. To allow it, set the variable to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime
@@ -26,7 +28,7 @@ _FOLDED = 1 << 26
 
 
 def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[onnxruntime.InferenceSession, str]:
-    """An onnxruntime session on the CPU whose memory does not grow with the lengths that it sees, and its name for messages.
+    """Open a model on the CPU: a session whose memory does not grow with the lengths of its inputs, and its name for messages.
 
     Before anything is run, the file is checked (``onnxfile.check``). All sessions of a process together take at most
     ``memory_limit()`` for their tensors.
@@ -37,7 +39,7 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
 
     Raises:
         UsageError: no such file, no interpreter for it, or a file that would be wrong on this processor.
-        W2SError: the file is damaged, or is refused; says why.
+        W2SError: the file is damaged, or is refused; gives the reason.
     """
     content = isinstance(source, bytes)
     name = "the model" if content else str(source)
@@ -53,7 +55,7 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
         _check_file(source, name)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
-    # it keeps memory for every length it has seen; the arena does not, and without it the system hands out every page anew in
+    # a pattern is kept for every length that was seen. The arena stays: without it the system provides every page again in
     # every call, which takes up to half as long as the network itself
     options.enable_mem_pattern = False
     options.log_severity_level = 4  # errors arrive as exceptions
@@ -61,37 +63,38 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
     options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(_FOLDED))
     if _limited():
         options.add_session_config_entry("session.use_env_allocators", "1")
-    try:
+    with onnxruntime_errors(f"{name} is damaged or not an ONNX model"):
         session = onnxruntime.InferenceSession(source if content else name, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exception classes share no base and depend on the fault
-        raise W2SError(f"{name} is damaged or not an ONNX model: {one_line(error)}") from error
     machine.require_exact_sums(name, session.get_modelmeta().custom_metadata_map)
     return session, name
 
 
+@contextlib.contextmanager
+def onnxruntime_errors(failure: str, out_of_memory: str | None = None) -> Iterator[None]:
+    """Turn every error of an interpreter into a ``W2SError``: its exception classes share no base and depend on the fault.
+
+    Args:
+        failure: what has failed; the reason is put behind it.
+        out_of_memory: the whole message if the reason is ``memory_limit``.
+    """
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory and ("bfc_arena" in str(error) or "Failed to allocate memory" in str(error)):
+            raise W2SError(out_of_memory) from error
+        raise W2SError(f"{failure}: {line(error, 300)}") from error
+
+
 def memory_limit() -> int:
     """Bytes that the tensors of all sessions may take together: half of this machine's memory."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 8 << 30
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether a session failed because of ``memory_limit``."""
-    return "bfc_arena" in str(error) or "Failed to allocate memory" in str(error)
+    return (machine.total_memory() or 16 << 30) // 2
 
 
 def shrinking() -> onnxruntime.RunOptions:
-    """For a call after which the memory that it took is given back."""
+    """Options of a call that gives its memory back at its end."""
     options = onnxruntime.RunOptions()
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, in one line without control characters."""
-    return line(error, 300)
 
 
 def _check_file(path: str | os.PathLike, name: str) -> None:
@@ -107,17 +110,17 @@ def _check_file(path: str | os.PathLike, name: str) -> None:
 
 @functools.cache
 def _limited() -> bool:
-    """Give the process the one allocator that its sessions share and that has a limit; whether that worked."""
+    """Register one allocator with a limit for all sessions of this process; returns whether that worked."""
     state = onnxruntime.capi.onnxruntime_pybind11_state
     try:
         where = state.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT)
         settings = {
             "max_mem": memory_limit(),
-            "arena_extend_strategy": -1,  # as a session's own has it, like the two that follow
+            "arena_extend_strategy": -1,  # this and the next two as in a session's own allocator
             "initial_chunk_size_bytes": -1,
             "max_dead_bytes_per_chunk": -1,
         }
         onnxruntime.create_and_register_allocator(where, onnxruntime.OrtArenaCfg(settings))
-    except Exception:  # somebody else in this process has done it, or this build cannot: then there is no limit of ours
+    except Exception:  # other code in this process has registered one, or this build cannot: then there is no limit of ours
         return False
     return True

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from w2s_jax import SAMPLING_RATE, machine
+from w2s_jax import SAMPLING_RATE
 from w2s_jax.errors import UsageError, W2SError, missing_extra
 from w2s_jax.files import fingerprint
 from w2s_jax.names import check_dimensions, line
 from w2s_jax.runtime.predictor import LOGITS
-from w2s_jax.runtime.session import one_line, open_session
+from w2s_jax.runtime.session import onnxruntime_errors, open_session
 
 
 class OnnxTeacher:
@@ -70,7 +70,6 @@ class OnnxTeacher:
         if isinstance(batch, int) and batch != 1 and self._rank > 1:
             raise UsageError(f"{path}: a teacher's batch is dynamic or 1; got {form}")
         metadata = self._session.get_modelmeta().custom_metadata_map
-        machine.require_exact_sums(path, metadata)
         if metadata.get("sampling_rate", str(SAMPLING_RATE)) != str(SAMPLING_RATE):
             raise UsageError(f"{path} expects {line(metadata['sampling_rate'], 40)} Hz; views have {SAMPLING_RATE} Hz")
         named = tuple(filter(None, metadata.get("dimensions", "").split(",")))
@@ -108,10 +107,8 @@ class OnnxTeacher:
         if self._single and len(waves) > 1:
             return np.concatenate([self._run(wave[None]) for wave in waves])
         shaped = {1: waves[0], 2: waves, 3: waves[:, None]}[self._rank]
-        try:
+        with onnxruntime_errors(f"the teacher failed on {list(shaped.shape)}"):
             output = np.asarray(self._session.run([self._output], {self._input: shaped})[0], np.float32)
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            raise W2SError(f"the teacher failed on {list(shaped.shape)}: {one_line(error)}") from error
         if output.ndim == 1:  # [K] of one wave, or one value of each
             output = output.reshape((1, -1) if len(waves) == 1 else (-1, 1))
         if output.ndim != 2 or len(output) != len(waves):
