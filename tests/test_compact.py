@@ -17,7 +17,7 @@ floats = st.floats(-10, 10, width=32)
 
 def made(make):
     """What the nodes that ``make(pieces)`` adds give."""
-    pieces = compact.Pieces()
+    pieces = compact.GraphBuilder()
     name = make(pieces)
     end = onnx.ValueInfoProto(name=name)
     graph = onnx.helper.make_graph(pieces.nodes, "made", [], [end], pieces.constants)

@@ -369,7 +369,7 @@ def test_a_kind_that_fails_does_not_sink_the_others(small, tmp_path, waves, monk
     monkeypatch.setattr(package, "PARITY_LENGTHS", ())
     monkeypatch.setattr(package, "_chunked", torn)
 
-    def flat(student, variables, fp32, *options):  # the same for every waveform: CCC 0
+    def flat(plan, fp32, *options):  # the same for every waveform: CCC 0
         return constant(fp32), {}
 
     monkeypatch.setattr(package.direct, "quantize_direct", flat)

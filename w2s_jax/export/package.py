@@ -21,7 +21,8 @@ from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.export import direct, litert
 from w2s_jax.export import onnx as graph
 from w2s_jax.export.compact import compact
-from w2s_jax.export.deploy import BLOCK, deploy, in_chunks
+from w2s_jax.export.deploy import deploy, in_chunks
+from w2s_jax.export.plan import BLOCK, fill_channels, fold, merge
 from w2s_jax.export.quantize import COVERAGE, quantize
 from w2s_jax.files import write_atomic
 from w2s_jax.kinds import FILES
@@ -211,11 +212,17 @@ def _filled(student) -> str:
 
     From 16 on they want whole blocks as well; but filling up 24 costs more than it saves.
     """
-    if not direct.fits(student):
+    if _properties(student) is None:
         return "none"
-    if student.channels < BLOCK:
+    channels = direct.trunk_of(models.outline(student))[0].kernel.shape[0]
+    if channels < BLOCK:
         return "pool"
-    return "all" if -student.channels % BLOCK <= student.channels / 4 else "none"
+    return "all" if -channels % BLOCK <= channels / 4 else "none"
+
+
+def _properties(student) -> tuple[str, ...] | None:
+    """``direct.properties`` of a student."""
+    return direct.properties(models.outline(student) if hasattr(student, "fold") else None)
 
 
 @computing()
@@ -265,11 +272,13 @@ def build(
     if weight_bits == 8:
         how[machine.NEEDS] = facts[machine.NEEDS] = machine.EXACT_SUMS
     facts["weight_bits"] = str(weight_bits)
-    if kind != "qdq" and direct.fits(student):
-        four = kind == "int8-int4"
-        model, chosen = direct.quantize_direct(student, variables, fp32, calibration, told, coverages, largest, four)
+    if kind != "qdq" and _properties(student) is not None:
+        four, plan = kind == "int8-int4", merge(fold(student, variables))
+        model, chosen = direct.quantize_direct(plan, fp32, calibration, told, coverages, largest, four)
     else:  # of other students int8 is the standard form too: onnxruntime makes its own operators of it when it loads the file
-        if direct.fits(student) and _filled(student) != "all":  # eight-bit convolutions need whole blocks in any case
+        if (
+            _properties(student) is not None and _filled(student) != "all"
+        ):  # eight-bit convolutions need whole blocks in any case
             fp32, _ = fp32_graph(student, variables, _probes(calibration[:2], student.minimum_samples), "all")
         model, chosen = quantize(fp32, calibration, told, coverages, largest)
     return _packed(model, facts), how | chosen
@@ -277,12 +286,12 @@ def build(
 
 def _chunked(student, variables: dict) -> tuple:
     """The graph of the kind "chunked", and how to cut a recording for it."""
-    forward, weights, cut = in_chunks(student, variables, _filled(student))
-    shortest = np.zeros((1, student.minimum_samples), np.float32)
-    features = len(forward(weights, shortest)["value"])
+    plan = merge(fold(student, variables))
+    forward, weights, cut = in_chunks(fill_channels(plan, _filled(student)))
+    features = jax.eval_shape(forward, weights, np.zeros((1, student.minimum_samples), np.float32))["value"].shape[0]
     shape = (features, "tokens")
     model = graph.convert(forward, weights, {"value": shape, "score": shape}, student.minimum_samples)
-    direct.chunked(model, student, variables)
+    direct.chunked(model, plan)
     # neither the whole nor a fixed number of tokens: both would look like something that passes can take away
     example = {"state": first_state(features), "first": np.array([1]), "last": np.array([-1])}
     model, _ = graph.simplify(model, _probes([], student.minimum_samples), example)
@@ -309,8 +318,8 @@ def _told(say: Callable[[str], object], kind: str, line: str) -> None:
 
 def kinds_of(student) -> list[str]:
     """The kinds that a student can have."""
-    softmax = direct.fits(student) and getattr(student, "pooling", "attention") == "attention"
-    cannot = {"chunked": not softmax, "int8-int4": not softmax or not hasattr(student, "pooling")}
+    properties = _properties(student) or ()
+    cannot = {"chunked": "attention" not in properties, "int8-int4": "tokens" not in properties}
     return [kind for kind in FILES if not cannot.get(kind)]
 
 

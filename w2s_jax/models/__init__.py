@@ -19,15 +19,8 @@ from w2s_jax.errors import UsageError
 from w2s_jax.models.cnn14 import CNN14
 from w2s_jax.models.forms import RUNNING  # noqa: F401 (part of the API)
 from w2s_jax.models.frontend import PRESETS  # noqa: F401 (part of the API)
-from w2s_jax.models.mobilenet import (
-    Convolution,
-    MobileNetV3L,
-    MobileNetV3S,
-    MobileNetV4L,
-    MobileNetV4M,
-    MobileNetV4S,
-    convolution,
-)
+from w2s_jax.models.mobilenet import MobileNetV3L, MobileNetV3S, MobileNetV4L, MobileNetV4M, MobileNetV4S
+from w2s_jax.models.plan import Plan
 from w2s_jax.models.wav2small import Wav2Small, Wav2Small17K
 from w2s_jax.names import line
 
@@ -99,8 +92,14 @@ def count(student: nn.Module) -> dict[str, int]:
 
 
 @computing()
+def outline(student: nn.Module) -> Plan:
+    """The plan of a student with shapes in the place of weights; nothing is computed."""
+    wave = jax.ShapeDtypeStruct((1, SAMPLING_RATE), jnp.float32)
+    return jax.eval_shape(student.fold, jax.eval_shape(student.init, jax.random.key(0), wave))
+
+
 def macs(student: nn.Module, samples: int = 5 * SAMPLING_RATE) -> int:
-    """Multiply-accumulates of one utterance in inference, counted from the traced network; nothing is computed.
+    """Multiply-accumulates of one utterance in inference; nothing is computed.
 
     Convolutions (zeros of the padding included) and matrix products are counted; sums, BatchNorm and activations are not.
 
@@ -117,34 +116,4 @@ def macs(student: nn.Module, samples: int = 5 * SAMPLING_RATE) -> int:
     """
     if samples < student.minimum_samples:
         raise UsageError(f"samples is {samples}; {type(student).__name__} needs at least {student.minimum_samples}")
-
-    def as_convolutions(call, args, kwargs, context):
-        # on a CPU a MobileNet computes them as sums of shifted products, which have no operator to be known by
-        if isinstance(context.module, Convolution):
-            return convolution(*args, context.module.get_variable("params", "kernel"), context.module.stride)
-        return call(*args, **kwargs)
-
-    if hasattr(student, "form"):
-        student = student.clone(form="direct")  # the others multiply zeros
-    wave = jax.ShapeDtypeStruct((1, samples), jnp.float32)
-    variables = jax.eval_shape(student.init, jax.random.key(0), wave)
-    with nn.intercept_methods(as_convolutions):
-        return _macs(jax.make_jaxpr(student.apply)(variables, wave).jaxpr)
-
-
-def _macs(jaxpr) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += equation.outvars[0].aval.size * math.prod(kernel) // channels
-        elif equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
-        for inner in equation.params.values():  # jit, custom_jvp, custom_vjp: jaxprs, open or closed
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                total += _macs(inner) * (equation.params["length"] if equation.primitive.name == "scan" else 1)
-    return total
+    return outline(student).macs(samples)

@@ -7,7 +7,7 @@ it is that of timm 1.0, so that its published weights fit (``w2s_jax.convert``);
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.nn import hard_sigmoid, hard_swish, relu
 
+from w2s_jax.models import plan
 from w2s_jax.models.forms import check_running
 from w2s_jax.models.frontend import LogMel, normalise
 from w2s_jax.models.norm import BatchNorm
@@ -276,6 +277,46 @@ def rounded(channels: float) -> int:
     return nearest + 8 if nearest < 0.9 * channels else nearest
 
 
+class Layer(NamedTuple):
+    """A part of a row: a ``ConvNorm`` by its name and fields, or the ``SqueezeExcite`` "squeeze" by its channels."""
+
+    name: str
+    channels: int
+    kernel: int = 1
+    stride: int = 1
+    activation: Activation | None = None
+    depthwise: bool = False
+
+
+def layers_of(row: Row, inputs: int, width: float) -> list[Layer]:
+    """The parts of a row for so many input channels, in their order; training and the inference plan both follow them."""
+    channels, wide = rounded(row.channels * width), rounded(inputs * getattr(row, "expansion", 1))
+    match row:
+        case Conv():
+            return [Layer("conv", channels, row.kernel, row.stride, row.activation)]
+        case Separable():
+            wide = inputs
+            layers = [Layer("depthwise", wide, row.kernel, row.stride, row.activation, True)]
+        case Bottleneck():
+            layers = [
+                Layer("expand", wide, activation=row.activation),
+                Layer("depthwise", wide, row.kernel, row.stride, row.activation, True),
+            ]
+        case Fused():
+            layers = [Layer("expand", wide, row.kernel, row.stride, relu)]
+        case Universal():
+            before = Layer("before", inputs, row.before, 1 if row.middle else row.stride, None, True)
+            middle = Layer("middle", wide, row.middle, row.stride, relu, True)
+            layers = [layer for layer in (before, Layer("expand", wide, activation=relu), middle) if layer.kernel]
+    squeeze = [Layer("squeeze", wide)] if getattr(row, "squeeze", False) else []
+    return [*layers, *squeeze, Layer("project", channels)]
+
+
+def has_residual(row: Row, inputs: int, outputs: int) -> bool:
+    """Whether a row's input is added to its output."""
+    return not isinstance(row, Conv) and row.stride == 1 and inputs == outputs
+
+
 class Convolution(nn.Module):
     """Convolution without bias, as many zeros on both ends: [B, time, mel, C] → [B, ⌈time/stride⌉, ⌈mel/stride⌉, channels].
 
@@ -406,35 +447,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        def layer(name: str, x: Array, channels: int, kernel: int = 1, stride: int = 1, activation=None) -> Array:
-            return ConvNorm(channels, kernel, stride, activation, axis_name=self.axis_name, name=name)(x, train)
+        before = x
+        for layer in layers_of(self.row, x.shape[-1], self.width):
+            if layer.name == "squeeze":
+                x = SqueezeExcite(name="squeeze")(x)
+            else:
+                x = ConvNorm(*layer[1:], self.axis_name, name=layer.name)(x, train)
+        return x + before if has_residual(self.row, before.shape[-1], x.shape[-1]) else x
 
-        def depthwise(name: str, x: Array, kernel: int, stride: int, activation=None) -> Array:
-            return ConvNorm(x.shape[-1], kernel, stride, activation, True, self.axis_name, name=name)(x, train)
 
-        row, before = self.row, x
-        channels = rounded(row.channels * self.width)
-        match row:
-            case Conv():
-                return layer("conv", x, channels, row.kernel, row.stride, row.activation)
-            case Separable():
-                x = depthwise("depthwise", x, row.kernel, row.stride, row.activation)
-            case Bottleneck():
-                x = layer("expand", x, rounded(x.shape[-1] * row.expansion), activation=row.activation)
-                x = depthwise("depthwise", x, row.kernel, row.stride, row.activation)
-            case Fused():
-                x = layer("expand", x, rounded(x.shape[-1] * row.expansion), row.kernel, row.stride, relu)
-            case Universal():
-                expanded = rounded(x.shape[-1] * row.expansion)
-                if row.before:
-                    x = depthwise("before", x, row.before, 1 if row.middle else row.stride)
-                x = layer("expand", x, expanded, activation=relu)
-                if row.middle:
-                    x = depthwise("middle", x, row.middle, row.stride, relu)
-        if getattr(row, "squeeze", False):
-            x = SqueezeExcite(name="squeeze")(x)
-        x = layer("project", x, channels)
-        return x + before if row.stride == 1 and before.shape[-1] == channels else x
+def rows(architecture: Architecture) -> list[tuple[str, Row]]:
+    """The rows of a table below the stem, with the names of their ``Block``s."""
+    stages = enumerate(architecture.stages)
+    return [(f"stage{stage}_{number}", row) for stage, rows in stages for number, row in enumerate(rows)]
 
 
 class Trunk(nn.Module):
@@ -453,9 +478,8 @@ class Trunk(nn.Module):
         stem, fixed = self.architecture.stem, self.width < self.architecture.fixed_stem_below
         channels = stem.channels if fixed else rounded(stem.channels * self.width)
         x = ConvNorm(channels, stem.kernel, stem.stride, stem.activation, axis_name=self.axis_name, name="stem")(x, train)
-        for stage, rows in enumerate(self.architecture.stages):
-            for number, row in enumerate(rows):
-                x = Block(row, self.width, self.axis_name, name=f"stage{stage}_{number}")(x, train)
+        for name, row in rows(self.architecture):
+            x = Block(row, self.width, self.axis_name, name=name)(x, train)
         return x
 
 
@@ -490,6 +514,38 @@ class MobileNetStudent(nn.Module):
         x = Trunk(self.architecture, self.width, self.axis_name, name="trunk")(image[..., None].astype(self.dtype), train)
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         return nn.Dense(self.dimensions, name="adv")(AttentionPooling(name="pool")(tokens))
+
+    @nn.nowrap
+    def fold(self, variables: Mapping) -> plan.Plan:
+        params, stats = variables["params"]["trunk"], variables["batch_stats"]["trunk"]
+        layers = plan.log_mel(self, variables)
+        layers.append(_fold_layer(params["stem"], stats["stem"], self.architecture.stem, plan.DECIBEL))
+        channels = layers[-1].kernel.shape[0]
+        for name, row in rows(self.architecture):
+            inner = [
+                _fold_squeeze(params[name]["squeeze"]) if layer.name == "squeeze"
+                else _fold_layer(params[name][layer.name], stats[name][layer.name], layer)
+                for layer in layers_of(row, channels, self.width)
+            ]  # fmt: skip
+            outputs = inner[-1].kernel.shape[0]
+            layers += [plan.Residual(tuple(inner))] if has_residual(row, channels, outputs) else inner
+            channels = outputs
+        pool, adv = variables["params"]["pool"], variables["params"]["adv"]
+        layers += [plan.Places(), plan.attention(pool), plan.Dense(adv["kernel"], adv["bias"])]
+        return plan.Plan(tuple(layers), self.minimum_samples)
+
+
+def _fold_layer(params: Mapping, stats: Mapping, layer: Layer | Conv, scale: float = 1.0) -> plan.Convolution:
+    activation = {None: None, relu: "relu", hard_swish: "hard_swish"}[layer.activation]
+    return plan.convolution(params["conv"]["kernel"], params["norm"], stats["norm"], layer.stride, activation, scale)
+
+
+def _fold_squeeze(params: Mapping) -> plan.SqueezeExcite:
+    reduce, expand = (
+        plan.Convolution(params[name]["kernel"].transpose(3, 2, 1, 0), params[name]["bias"], 1, activation)
+        for name, activation in (("reduce", "relu"), ("expand", None))
+    )
+    return plan.SqueezeExcite(reduce, expand)
 
 
 class MobileNetV3S(MobileNetStudent):
