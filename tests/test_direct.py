@@ -15,7 +15,7 @@ from test_export import make_student, speech  # noqa: E402
 
 from w2s_jax import checkpoint, machine  # noqa: E402
 from w2s_jax.errors import UsageError  # noqa: E402
-from w2s_jax.export import direct, export_student, package  # noqa: E402
+from w2s_jax.export import direct, export_student, judge, package  # noqa: E402
 from w2s_jax.export import onnx as graph  # noqa: E402
 from w2s_jax.runtime import Predictor  # noqa: E402
 
@@ -99,7 +99,7 @@ def export(student, out, waves, kinds, least):
 
 @slow
 def test_without_the_proof_that_exp_cannot_overflow_the_export_fails(sharp, waves, tmp_path, monkeypatch):
-    monkeypatch.setattr(package, "PARITY_LENGTHS", (1021, 31_991))
+    monkeypatch.setattr(judge, "PARITY_LENGTHS", (1021, 31_991))
     export(sharp, tmp_path / "model", waves, ["int8"], -1)
     monkeypatch.setattr(direct, "_exp_is_safe", lambda score, value: True)
     with pytest.warns(UserWarning, match=r"int8 is not written: .*not finite"):
@@ -109,7 +109,7 @@ def test_without_the_proof_that_exp_cannot_overflow_the_export_fails(sharp, wave
 
 def test_with_a_softmax_in_eight_bits_the_export_fails(waves, tmp_path, monkeypatch):
     """The weights of the softmax, rounded to 1/255 as a careless range of 0 to 1 has it."""
-    monkeypatch.setattr(package, "PARITY_LENGTHS", (1021, 31_991))
+    monkeypatch.setattr(judge, "PARITY_LENGTHS", (1021, 31_991))
     make_student(tmp_path / "student", "wav2small", {"channels": 4, "before": 1, "after": 1}, waves)
     report = export(tmp_path / "student", tmp_path / "model", waves, ["int8"], 0.95)
     assert min(report["kinds"]["int8"]["ccc"].values()) > 0.95

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from w2s_jax.errors import UsageError
+from w2s_jax.kinds import INTEGER_KINDS
 
-#: Kinds that multiply unsigned 8-bit activations by signed weights, in onnxruntime and in other engines.
-INTEGER_KINDS = ("int8", "qdq", "int8-int4")
 #: The entry of a file's metadata that says where it is right, if that is not everywhere; and what it says of 8-bit weights.
 NEEDS = "needs"
 EXACT_SUMS = "ARM, or x86 with VNNI"

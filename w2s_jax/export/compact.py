@@ -50,14 +50,14 @@ class GraphBuilder:
     def reshape(self, x: str, *shape: int) -> str:
         return self.node("Reshape", x, np.array(shape))
 
-    def padded(self, x: str, before: Iterable[int], after: Iterable[int]) -> str:
+    def pad(self, x: str, before: Iterable[int], after: Iterable[int]) -> str:
         """Zeros before and after ``x`` along each axis."""
         pads = np.array([*before, *after])
         return self.node("Pad", x, pads) if pads.any() else x
 
 
 def fourier_values(n_fft: int) -> np.ndarray:
-    """What ``fourier`` computes, [n_fft, n_fft]: Hann-windowed cosines of all bins, sines of all but the first and last."""
+    """The values of ``fourier_kernels``, [n_fft, n_fft]: Hann-windowed cosines of all bins, sines but of the first and last."""
     place = np.arange(n_fft)
     table = np.cos(2 * np.pi * place / n_fft).astype(np.float32)
     index = np.arange(n_fft // 2 + 1)[:, None] * place % n_fft
@@ -65,7 +65,7 @@ def fourier_values(n_fft: int) -> np.ndarray:
     return table[np.concatenate([index, sines])] * (np.float32(0.5) - np.float32(0.5) * table)
 
 
-def fourier(builder: GraphBuilder, n_fft: int) -> str:
+def fourier_kernels(builder: GraphBuilder, n_fft: int) -> str:
     """The Fourier kernels [n_fft, n_fft], n_fft a multiple of 4, from one period of a cosine."""
     table = np.cos(2 * np.pi * np.arange(n_fft) / n_fft).astype(np.float32)
 
@@ -85,7 +85,7 @@ def fourier(builder: GraphBuilder, n_fft: int) -> str:
     return builder.node("Mul", builder.node("Gather", table, builder.node("Concat", cosines, sines, axis=0)), window)
 
 
-def scattered(builder: GraphBuilder, value: np.ndarray) -> str:
+def scatter(builder: GraphBuilder, value: np.ndarray) -> str:
     """An array that is mostly zeros, from its other values; flat."""
     places = np.flatnonzero(value)
     places = places.astype(np.uint16 if value.size <= 65_536 else np.int32)
@@ -94,7 +94,7 @@ def scattered(builder: GraphBuilder, value: np.ndarray) -> str:
     return builder.node("ScatterElements", zeros, places, value.ravel()[np.flatnonzero(value)].astype(np.float32), axis=0)
 
 
-def unpacked(builder: GraphBuilder, values: np.ndarray) -> str:
+def unpack(builder: GraphBuilder, values: np.ndarray) -> str:
     """Whole numbers from -8 to 7 as int8, flat; two are stored in a byte."""
     flat = values.ravel().astype(np.uint8) + np.uint8(8)  # wraps to 0..15
     first, second = np.pad(flat, (0, flat.size % 2)).reshape(2, -1)
@@ -105,7 +105,7 @@ def unpacked(builder: GraphBuilder, values: np.ndarray) -> str:
     return builder.node("Cast", builder.node("Sub", numbers, np.array(8, np.int32)), to=3)
 
 
-def rounded(values: np.ndarray, axis: int, largest: int = 127) -> tuple[np.ndarray, np.ndarray]:
+def round_to_integers(values: np.ndarray, axis: int, largest: int = 127) -> tuple[np.ndarray, np.ndarray]:
     """Signed whole numbers and their scales, symmetric per slice of an axis: ``values ≈ numbers * scales``."""
     others = tuple(other for other in range(values.ndim) if other != axis % values.ndim)
     scales = np.abs(values).max(axis=others, keepdims=True) / largest
@@ -132,13 +132,13 @@ def compact(model, weights: str = "fp32") -> None:
         value = numpy_helper.to_array(constant)
         n_fft = value.shape[-1]
         if value.size == n_fft**2 and n_fft % 4 == 0 and _close(value.reshape(n_fft, n_fft), fourier_values(n_fft)):
-            made = fourier(builder, n_fft)
+            made = fourier_kernels(builder, n_fft)
         elif np.count_nonzero(value) < value.size / 4:
-            made = scattered(builder, value)
+            made = scatter(builder, value)
         else:
             core = value[tuple(slice(0, _used(value, axis)) for axis in range(value.ndim))]
             if weights == "int8" and constant.name in outputs:
-                numbers, scales = rounded(core, outputs[constant.name])
+                numbers, scales = round_to_integers(core, outputs[constant.name])
                 made = builder.node("Mul", builder.node("Cast", numbers, to=1), scales)  # 1 is float32
             elif weights == "fp16" and np.abs(core).max() < HALF_LIMIT:
                 made = builder.node("Cast", core.astype(np.float16), to=1)
@@ -147,7 +147,7 @@ def compact(model, weights: str = "fp32") -> None:
             else:
                 kept.append(constant)
                 continue
-            made = builder.padded(made, [0] * value.ndim, np.subtract(value.shape, core.shape))
+            made = builder.pad(made, [0] * value.ndim, np.subtract(value.shape, core.shape))
         builder.node("Reshape", made, np.array(value.shape), output=constant.name)
     del model.graph.initializer[:]
     model.graph.initializer.extend([*kept, *builder.constants])

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from w2s_jax.export.compact import GraphBuilder, fourier, fourier_values, rounded, scattered, unpacked
+from w2s_jax.export.compact import GraphBuilder, fourier_kernels, fourier_values, round_to_integers, scatter, unpack
 from w2s_jax.export.deploy import TERMS
 from w2s_jax.export.onnx import LOGITS, OPSET, SIGNAL, session
 from w2s_jax.export.plan import BLOCK
-from w2s_jax.export.quantize import COVERAGE, best_coverage, covered
+from w2s_jax.export.quantize import COVERAGE, choose_coverage, cover
 from w2s_jax.models.plan import (
     AttentionPooling,
     Convolution,
@@ -116,7 +116,7 @@ def quantize_direct(
     """
     ends, moments = _measure(fp32, waves, coverages)
     given = moments if four_bits else None
-    return best_coverage(
+    return choose_coverage(
         lambda coverage: integer(plan, ends[coverage], largest, given), fp32, waves, progress, coverages
     )  # fmt: skip
 
@@ -166,21 +166,21 @@ def _convolve(
         bands: of the log-mel image, which has one channel; None for any other image.
     """
     outputs, size, stride = len(layer.kernel), layer.kernel.shape[2], layer.stride
-    numbers, scales = rounded(layer.kernel.transpose(0, 1, 3, 2), 0, largest)  # [out, in, time, mel]
+    numbers, scales = round_to_integers(layer.kernel.transpose(0, 1, 3, 2), 0, largest)  # [out, in, time, mel]
     scales = scales.ravel()
     offsets = np.rint(layer.bias / (image.scale * scales.astype(np.float64))).astype(np.int32)
     more, reach = -outputs % BLOCK, size // 2
     scales = np.pad(scales, (0, more), constant_values=1)
-    offsets = builder.padded(builder.constant(offsets), [0], [more])
+    offsets = builder.pad(builder.constant(offsets), [0], [more])
     attributes = {"kernel_shape": [size] * 2, "pads": [reach] * 4}
     mels = 1
     if bands:
         mels = -(-bands // stride)
-        kernel = _banded(builder, numbers[:, 0], bands, mels, stride, more)
+        kernel = _band_matrix(builder, numbers[:, 0], bands, mels, stride, more)
         scales, offsets = (builder.node("Tile", x, np.array([mels])) for x in (scales, offsets))
         attributes = {"kernel_shape": [size, 1], "pads": [reach, 0] * 2, "strides": [stride, 1]}
     else:
-        kernel = builder.padded(builder.constant(numbers), [0] * 4, [more, -numbers.shape[1] % BLOCK, 0, 0])
+        kernel = builder.pad(builder.constant(numbers), [0] * 4, [more, -numbers.shape[1] % BLOCK, 0, 0])
     made = np.float32(end / 255 or 1)  # the range begins at 0: so the convolution is the ReLU as well
     zeros = np.zeros((outputs + more) * mels, np.int8)
     inputs = (image.name, image.scale, image.zero, kernel, scales, zeros, made, NONE, offsets)
@@ -250,7 +250,7 @@ def _measure(model, waves: Sequence[np.ndarray], coverages: Sequence[float]) -> 
     for wave in waves:
         values = one.run(names, {SIGNAL: wave[None]})
         for at, tensor in enumerate(values):
-            for coverage, (_, high) in covered(tensor.ravel(), coverages).items():
+            for coverage, (_, high) in cover(tensor.ravel(), coverages).items():
                 ends[coverage][at] = max(ends[coverage][at], high)
         tokens = values[-1].reshape(-1, values[-1].shape[-1]).astype(np.float64)
         moments = moments + tokens @ tokens.T / tokens.shape[1] / len(waves)
@@ -276,13 +276,13 @@ def _log_mel(builder: GraphBuilder, plan: Plan, end: float) -> Image:
     kernels = spectrum.real.T
     n_fft = kernels.shape[1]
     if kernels.shape == (n_fft, n_fft) and np.abs(kernels - fourier_values(n_fft)).max() <= 2e-7:
-        made = fourier(builder, n_fft)
+        made = fourier_kernels(builder, n_fft)
     else:  # a checkpoint from elsewhere may have kernels of its own
         made = builder.constant(kernels.astype(np.float32))
     parts = add("Conv", signal, builder.reshape(made, -1, 1, 1, n_fft), strides=[1, spectrum.hop])
     bands = mel.matrix.shape[1] + -mel.matrix.shape[1] % INPUTS
     matrix = np.pad(mel.matrix.T, ((0, bands - mel.matrix.shape[1]), (0, 0))).astype(np.float32)
-    power = add("Conv", add("Mul", parts, parts), builder.reshape(scattered(builder, matrix), *matrix.shape, 1, 1))
+    power = add("Conv", add("Mul", parts, parts), builder.reshape(scatter(builder, matrix), *matrix.shape, 1, 1))
     logarithm = add("Log", add("Max", power, np.float32(log.floor)))
     # padding has to be exactly 0, a whole number of steps from the floor
     floor = float(np.log(log.floor))
@@ -295,7 +295,7 @@ def _log_mel(builder: GraphBuilder, plan: Plan, end: float) -> Image:
     return Image(builder.reshape(numbers, 1, -1, 1, bands), scale, zero, 1)
 
 
-def _banded(builder: GraphBuilder, numbers: np.ndarray, inputs: int, outputs: int, stride: int, more: int) -> str:
+def _band_matrix(builder: GraphBuilder, numbers: np.ndarray, inputs: int, outputs: int, stride: int, more: int) -> str:
     """A convolution over mel with one channel as a matrix from mel bands to (mel band, channel).
 
     Args:
@@ -310,12 +310,12 @@ def _banded(builder: GraphBuilder, numbers: np.ndarray, inputs: int, outputs: in
     """
     channels, times, taps = numbers.shape
     width = inputs + taps - 1
-    row = builder.padded(builder.constant(numbers), [0] * 3, [0, 0, width + stride - taps])
+    row = builder.pad(builder.constant(numbers), [0] * 3, [0, 0, width + stride - taps])
     rows = builder.node("Tile", row, np.array([1, 1, outputs]))
     rows = builder.node("Slice", rows, np.array([0]), np.array([outputs * width]), np.array([2]))
     rows = builder.reshape(rows, channels, times, outputs, width)
     rows = builder.node("Slice", rows, np.array([taps // 2]), np.array([taps // 2 + inputs]), np.array([3]))
-    rows = builder.padded(rows, [0] * 4, [more, 0, 0, -inputs % INPUTS])
+    rows = builder.pad(rows, [0] * 4, [more, 0, 0, -inputs % INPUTS])
     rows = builder.node("Transpose", rows, perm=[2, 0, 3, 1])
     return builder.reshape(rows, outputs * (channels + more), inputs + -inputs % INPUTS, times, 1)
 
@@ -335,10 +335,10 @@ def _pool(builder: GraphBuilder, head: Sequence[Layer], image: Image, mels: int,
         """
         rows, outs = weights.shape[:2], weights.shape[2]
         flat = weights.reshape(-1, outs)
-        numbers, scales = rounded(flat, 1, largest) if moments is None else _round_together(flat, moments)
-        made = builder.constant(numbers) if moments is None else unpacked(builder, numbers)
+        numbers, scales = round_to_integers(flat, 1, largest) if moments is None else _round_together(flat, moments)
+        made = builder.constant(numbers) if moments is None else unpack(builder, numbers)
         made = add("Transpose", builder.reshape(made, *rows, outs), perm=[1, 0, 2])
-        made = builder.reshape(builder.padded(made, [0] * 3, [0, channels - rows[0], 0]), rows[1] * channels, outs)
+        made = builder.reshape(builder.pad(made, [0] * 3, [0, channels - rows[0], 0]), rows[1] * channels, outs)
         ends = 255 * np.stack([np.minimum(numbers, 0).sum(axis=0), np.maximum(numbers, 0).sum(axis=0)]).astype(np.float64)
         offsets = np.rint(-ends.mean(axis=0) * centred).astype(np.int32)
         bound = np.abs((ends + offsets) * image.scale * scales.ravel()).max()
@@ -408,7 +408,7 @@ def _finish(builder: GraphBuilder, head: Sequence[Layer], pooled: str, by_channe
 
 
 def _round_together(weights: np.ndarray, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``rounded`` to numbers from -8 to 7, per column of [in, out], where each rounding makes up for those before it.
+    """Round to numbers from -8 to 7, per column of [in, out], where each rounding makes up for those before it.
 
     What rounding one input's weights does to the outputs is taken back, as far as the inputs correlate, by those not rounded
     yet (GPTQ, arXiv 2210.17323). Of several scales that one is taken whose roundings, alone, err least.

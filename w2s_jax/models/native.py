@@ -48,11 +48,6 @@ def unavailable() -> str | None:
     return _load()
 
 
-def available() -> bool:
-    """Whether the kernel can be used in this process; ``unavailable`` says why not."""
-    return unavailable() is None
-
-
 @functools.cache
 def _load() -> str | None:
     """Compile or find the library and make it known to XLA: None, or why that did not work."""
