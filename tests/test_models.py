@@ -598,7 +598,7 @@ def mobilenet_macs(architecture: mobilenet.Architecture, frames: int, mel: int) 
     convolve(architecture.stem.kernel, architecture.stem.stride, channels, architecture.stem.channels)
     channels = architecture.stem.channels
     for row in (row for stage in architecture.stages for row in stage):
-        wide = mobilenet.rounded(channels * getattr(row, "expansion", 1))
+        wide = mobilenet.round_channels(channels * getattr(row, "expansion", 1))
         if isinstance(row, mobilenet.Conv):
             convolve(row.kernel, row.stride, channels, row.channels)
             channels = row.channels
@@ -617,7 +617,7 @@ def mobilenet_macs(architecture: mobilenet.Architecture, frames: int, mel: int) 
             if row.middle:
                 convolve(row.middle, row.stride, 1, wide)
         if getattr(row, "squeeze", False):
-            total += 2 * wide * mobilenet.rounded(wide / 4)
+            total += 2 * wide * mobilenet.round_channels(wide / 4)
         convolve(1, 1, wide, row.channels)
         channels = row.channels
     return total + 2 * frames * mel * channels * channels + channels * 3  # attention pooling, and the output

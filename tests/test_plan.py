@@ -61,7 +61,7 @@ def test_a_plan_computes_what_the_module_computes(name):
         np.testing.assert_allclose(
             jax.jit(forward)(as_float32(one), wave), expected, atol=2e-5 * max(1, np.abs(expected).max())
         )
-    assert merged.macs() < folded.macs() == models.macs(student)
+    assert folded.macs() == models.macs(student)
 
 
 def test_a_plan_prints_as_a_table():

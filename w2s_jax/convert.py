@@ -241,7 +241,7 @@ def start(name: str, student: nn.Module, dimensions: Sequence[str], path: str | 
             order; it then speaks in the units that it was trained in, as the weights do.
         path: a student directory or a run of the same student, with the same fields but ``dimensions``: all is taken. Or a
             safetensors file: for a MobileNet timm's of the same table and width, of which the trunk is taken (weights for
-            colour images hear the log-mel image in all three channels); for ``wav2small_17k`` the published one, all of it.
+            colour images take the log-mel image in all three channels); for ``wav2small_17k`` the published one, all of it.
 
     Returns:
         What replaces entries of the student's variables, ``{"params": {"trunk": …}, …}``, float32; and where it is from, for

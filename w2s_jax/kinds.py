@@ -36,7 +36,7 @@ KINDS = {
     "litert-int8": Kind("model.int8.tflite", "TensorFlow Lite, small and fast"),
     "chunked": Kind("model.chunked.onnx", "recordings of any length, piece by piece", exact=True, requires="attention"),
 }
-#: What is exported when nothing is said.
+#: What is exported by default.
 DEFAULT = ("fp32", "int8")
 #: kind → file of a model directory.
 FILES = {name: kind.file for name, kind in KINDS.items()}

@@ -175,7 +175,8 @@ def _build_chunked(source: Source, facts: Mapping[str, str]) -> tuple[bytes, dic
     # neither the whole nor a fixed number of tokens: both would look like something that passes can take away
     example = {"state": first_state(features), "first": np.array([1]), "last": np.array([-1])}
     model, _ = graph.simplify(model, probes([], student.minimum_samples), example)
-    cut |= {"tokens": CHUNK, "hop": student.hop, "n_fft": student.n_fft}
+    spectrum = plan.layers[1]
+    cut |= {"tokens": CHUNK, "hop": spectrum.hop, "n_fft": len(spectrum.real)}
     return pack(model, {**facts, "chunk": json.dumps(cut)}), {"chunk": cut}
 
 

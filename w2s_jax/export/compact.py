@@ -27,7 +27,7 @@ class GraphBuilder:
         self._known: dict[tuple, str] = {}
 
     def constant(self, value: np.ndarray) -> str:
-        """The name of a constant; equal ones are kept once."""
+        """The name of a constant; equal ones are stored once."""
         from onnx import numpy_helper
 
         value = np.asarray(value, order="C")

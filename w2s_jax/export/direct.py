@@ -81,14 +81,16 @@ def properties(plan: Plan | None) -> tuple[str, ...] | None:
     """
     if plan is None or tuple(map(type, plan.layers[: len(FRONT_END)])) != FRONT_END:
         return None
-    convolutions = [layer for layer in trunk_of(plan) if isinstance(layer, Convolution)]
-    chain = all(
-        second.stride == 1 and second.kernel.shape[1] == first.kernel.shape[0] for first, second in pairwise(convolutions)
-    )
-    head = tuple(map(type, head_of(plan)))
-    if head[:3] == (Convolution, Tokens, AttentionPooling):
-        head = head[1:]
-    return HEADS.get(head) if convolutions and chain else None
+    trunk, head = trunk_of(plan), head_of(plan)
+    convolutions = [layer for layer in trunk if isinstance(layer, Convolution)]
+    if not convolutions or convolutions[0] is not trunk[0] or not head or getattr(head[-1], "activation", None):
+        return None
+    if any(second.stride > 1 or second.kernel.shape[1] != first.kernel.shape[0] for first, second in pairwise(convolutions)):
+        return None
+    if isinstance(head[0], Convolution) and (head[0].activation or head[0].stride > 1 or head[0].kernel.shape[2] > 1):
+        return None
+    types = tuple(map(type, head))
+    return HEADS.get(types[1:] if types[:3] == (Convolution, Tokens, AttentionPooling) else types)
 
 
 def quantize_direct(
@@ -105,7 +107,7 @@ def quantize_direct(
     Args:
         plan: merged, with ``properties``.
         fp32: its fp32 graph, simplified.
-        waves: float32 [T] each, real audio of the kind that the model will hear; lengths may differ.
+        waves: float32 [T] each, real audio like that which the model is for; lengths may differ.
         progress: called with a line of text now and then.
         coverages: shares of a tensor's values that its range covers, candidates.
         largest: as for ``integer``.
@@ -389,7 +391,10 @@ def _exp_is_safe(score: float, value: float) -> bool:
 
 
 def _finish(builder: GraphBuilder, head: Sequence[Layer], pooled: str, by_channel: bool = False) -> None:
-    """What follows the pooling, on float32 [1, features]; places of an image are (mel, channel), or the reverse."""
+    """The layers behind the pooling, on what that left: float32 [1, features].
+
+    Features of an image's places are ordered (mel, channel), or (channel, mel) where ``by_channel``.
+    """
     add, dense = builder.node, head[-1]
     kernel = dense.kernel
     match head:

@@ -49,7 +49,7 @@ def export_student(
     Args:
         run_or_student_dir: a run directory, or the student directory in it.
         out: the model directory to make.
-        calibration: float32 [T] each at 16 kHz, real audio of the kind that the model will hear, at least 8; lengths may
+        calibration: float32 [T] each at 16 kHz, real audio like that which the model is for, at least 8; lengths may
             differ. They set the ranges of eight-bit numbers; without them there are exact kinds only.
         check: float32 [T] each, on which the kinds that round are judged against fp32. Default: every fourth calibration wave,
             which then sets no ranges.
@@ -65,7 +65,7 @@ def export_student(
     Returns:
         What export.json holds: ``files`` (bytes of each but export.json),
         ``sha256`` (of the same), ``parity`` (limit, max_difference, largest_output,
-        lengths, signals; of fp32 against Flax), ``kinds`` (kind → file, bytes, lengths that it was tried on; of exact kinds
+        lengths, signals; of fp32 against Flax), ``kinds`` (kind → file, bytes, lengths that it was checked on; of exact kinds
         difference_from_flax on these; max_difference, views and ccc per dimension against fp32 on the check waves; how it was
         calibrated or is to be cut; what ``measure`` found), ``failed`` and ``skipped`` (kind → why it is not there),
         ``passes`` (by how much each graph pass changed the outputs), ``versions``.
@@ -106,7 +106,7 @@ def export_student(
         progress(f"fp32: left out graph passes that would change the outputs: {', '.join(refused)}")
     cases = judge.parity_cases(student, variables, [*check, *calibration])
     report: dict = {"files": {}, "parity": {}, "kinds": {}, "failed": {}, "skipped": skipped}
-    report |= {"passes": passes, "versions": _versions()}
+    report |= {"passes": passes, "versions": _collect_versions()}
     with tempfile.TemporaryDirectory() as place:
         made, reference = {}, None
         for kind in kinds:
@@ -125,10 +125,10 @@ def export_student(
                 elif check:  # without check audio there are exact kinds only
                     row |= judge.compare(outputs, reference, config["dimensions"])
                     judge.require_ccc(kind, row, min_ccc)
-            except Exception as error:  # the converters of other houses raise whatever they like
+            except Exception as error:  # TensorFlow, tf2onnx and onnxruntime raise whatever they like
                 if kind == "fp32":  # what the others are held against
                     raise
-                report["failed"][kind] = why = _reason(error)
+                report["failed"][kind] = why = _describe_error(error)
                 warnings.warn(f"{kind} is not written: {why}", stacklevel=2)
                 continue
             if kind == "fp32":
@@ -203,17 +203,17 @@ def _check_wave(wave: np.ndarray, name: str, minimum: int) -> np.ndarray:
     return wave.astype(np.float32)
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """An error in one line."""
-    said = " ".join(str(error).split())[:500]
-    return said if isinstance(error, W2SError) else f"{type(error).__name__}: {said}"
+    text = " ".join(str(error).split())[:500]
+    return text if isinstance(error, W2SError) else f"{type(error).__name__}: {text}"
 
 
-def _versions() -> dict[str, str]:
-    found = {"w2s_jax": __version__}
+def _collect_versions() -> dict[str, str]:
+    versions = {"w2s_jax": __version__}
     for package in ("jax", "flax", "tensorflow-cpu", "tensorflow", "tf2onnx", "onnx", "onnxruntime", "numpy"):
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # one of the two TensorFlows
             continue
-    return found
+    return versions

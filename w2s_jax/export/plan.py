@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import reduce
 
 import jax
@@ -29,13 +28,13 @@ def fold(student, variables: Mapping) -> Plan:
 
 
 def merge(plan: Plan) -> Plan:
-    """The same function with fewer operations.
+    """The same function with fewer operators.
 
     Rows of the spectrum that are always zero (the sines of the first and of the last bin) are dropped, and mel sums add up re²
     and im². A 1×1 convolution before attention over tokens becomes part of its matrices; the bias of the pooled values passes
     through weights that sum to one, so it becomes part of a dense layer behind.
     """
-    return replace(plan, layers=tuple(reduce(_merge, plan.layers, [])))
+    return plan.replace(layers=tuple(reduce(_merge, plan.layers, [])))
 
 
 def _merge(done: list[Layer], layer: Layer) -> list[Layer]:
@@ -45,7 +44,7 @@ def _merge(done: list[Layer], layer: Layer) -> list[Layer]:
             kernels = np.concatenate([real, imag], axis=1)
             used = np.abs(kernels).max(axis=0) > 1e-9
             matrix = np.concatenate([matrix, matrix])[used]
-            return [*front, replace(spectrum, real=kernels[:, used], imag=None), Mel(matrix)]
+            return [*front, spectrum.replace(real=kernels[:, used], imag=None), Mel(matrix)]
         case [*front, Convolution(kernel=kernel, bias=bias, activation=None), Tokens()], AttentionPooling() if (
             kernel.shape[2] == 1
         ):
@@ -54,8 +53,8 @@ def _merge(done: list[Layer], layer: Layer) -> list[Layer]:
             through = np.repeat(bias, mels) @ layer.value + layer.bias
             return [*front, Tokens(), AttentionPooling(spread @ layer.value, spread @ layer.score, through)]
         case [*front, AttentionPooling(bias=np.ndarray() as bias) as pooling], Dense() if len(bias) == len(layer.kernel):
-            dense = replace(layer, bias=bias @ layer.kernel + layer.bias)
-            return [*front, replace(pooling, bias=None), dense]
+            dense = layer.replace(bias=bias @ layer.kernel + layer.bias)
+            return [*front, pooling.replace(bias=None), dense]
     return [*done, layer]
 
 
@@ -75,10 +74,10 @@ def fill_channels(plan: Plan, where: str) -> Plan:
         if behind < len(layers) and (where == "all" or pooled) and _are_a_chain(layer, layers[behind]):
             more = -len(layer.bias) % BLOCK
             widths = ((0, more), (0, 0), (0, 0), (0, 0))
-            layers[at] = replace(layer, kernel=np.pad(layer.kernel, widths), bias=np.pad(layer.bias, (0, more)))
+            layers[at] = layer.replace(kernel=np.pad(layer.kernel, widths), bias=np.pad(layer.bias, (0, more)))
             kernel = np.pad(layers[behind].kernel, (widths[1], widths[0], *widths[2:]))
-            layers[behind] = replace(layers[behind], kernel=kernel)
-    return replace(plan, layers=tuple(layers))
+            layers[behind] = layers[behind].replace(kernel=kernel)
+    return plan.replace(layers=tuple(layers))
 
 
 def _are_a_chain(first: Layer, second: Layer) -> bool:

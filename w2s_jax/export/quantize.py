@@ -17,7 +17,7 @@ from w2s_jax.metrics import ccc
 #: one with stray peaks is better off with finer steps; which of both it is, is measured. 0.999 cut off what trained MobileNets
 #: look at (experiments/README.md).
 COVERAGE = (1.0, 0.9999)
-#: What the scores of a softmax get above the highest that was heard, as a share of their range.
+#: What the scores of a softmax get above the highest of the calibration audio, as a share of their range.
 HEADROOM = 0.25
 
 
@@ -39,11 +39,11 @@ def quantize(
     experiments/README.md).
 
     Ranges follow what the next operator makes of a value: a hard sigmoid and a hard-swish see no difference beyond their kinks,
-    so ranges end there; the softmax lives by its highest scores, so these get room for clips with higher ones than were heard.
+    so ranges end there; the softmax lives by its highest scores, so these get room for clips with higher ones.
 
     Args:
         model: an fp32 ModelProto as ``onnx.simplify`` leaves it.
-        waves: float32 [T] each, real audio of the kind that the model will hear; lengths may differ.
+        waves: float32 [T] each, real audio like that which the model is for; lengths may differ.
         progress: called with a line of text now and then.
         coverages: the candidates.
         largest: whole number of a weight, 63 or 127 (see ``direct.integer``).

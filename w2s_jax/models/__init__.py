@@ -105,7 +105,7 @@ def macs(student: nn.Module, samples: int = 5 * SAMPLING_RATE) -> int:
 
     Args:
         student: from ``build``.
-        samples: length of the utterance; 5 s unless told, the paper's measure.
+        samples: length of the utterance; by default 5 s, the paper's measure.
 
     Raises:
         UsageError: the utterance is too short for the student.

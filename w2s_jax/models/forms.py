@@ -84,7 +84,7 @@ class FormedConvolution(nn.Module):
         shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         form = resolve(self.form) if (self.kernel, self.stride) == (3, 1) else "direct"
-        return in_blocks(x, kernel) if form == "blocks" else direct(x, kernel, self.stride)
+        return convolve_in_blocks(x, kernel) if form == "blocks" else convolve(x, kernel, self.stride)
 
 
 class Dense(nn.Module):
@@ -108,13 +108,13 @@ class Dense(nn.Module):
         return y + bias if self.adds else y
 
 
-def direct(x: Array, kernel: Array, stride: int = 1) -> Array:
+def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
     """The convolution as XLA's own operator: [B, time, mel, C] with [k, k, C, channels]."""
     # not "SAME", which would pad less before than after where the stride is even
     return _convolve(x, kernel, (stride, stride), len(kernel) // 2)
 
 
-def in_blocks(x: Array, kernel: Array) -> Array:
+def convolve_in_blocks(x: Array, kernel: Array) -> Array:
     """The same for 3×3 and stride 1: blocks of 7 mel bins, overlapping by the 2 that a kernel needs, are channels.
 
     What is left is a convolution of three taps over time, from 9·C to 7·channels; blocks do not see each other.
@@ -124,7 +124,7 @@ def in_blocks(x: Array, kernel: Array) -> Array:
     grid = jnp.pad(x, ((0, 0), (0, 0), (1, (blocks + 1) * BLOCK - mel - 1), (0, 0)))
     grid = grid.reshape(batch, time, blocks + 1, BLOCK, inputs)
     seen = jnp.concatenate([grid[:, :, :-1], grid[:, :, 1:, :2]], axis=3).reshape(batch, time, blocks, -1)
-    out = _convolve(seen, _banded(kernel, BLOCK + 2, BLOCK)[:, None], (1, 1), (1, 0))
+    out = _convolve(seen, _band_matrices(kernel, BLOCK + 2, BLOCK)[:, None], (1, 1), (1, 0))
     return out.reshape(batch, time, blocks * BLOCK, -1)[:, :, :mel]
 
 
@@ -136,7 +136,7 @@ def _convolve(x: Array, kernel: Array, stride: tuple[int, int], padding: int | t
     )
 
 
-def _banded(kernel: Array, inputs: int, outputs: int) -> Array:
+def _band_matrices(kernel: Array, inputs: int, outputs: int) -> Array:
     """A kernel [3, 3, C, channels] as matrices [3, inputs · C, outputs · channels] from mel bins to mel bins.
 
     Output bin j sees the input bins j, j + 1 and j + 2.

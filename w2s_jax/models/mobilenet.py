@@ -271,7 +271,7 @@ V4_LARGE = Architecture(
 )
 
 
-def rounded(channels: float) -> int:
+def round_channels(channels: float) -> int:
     """The multiple of 8 nearest to a scaled channel count, at least 8, but never less than nine tenths of it."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest + 8 if nearest < 0.9 * channels else nearest
@@ -290,7 +290,7 @@ class Layer(NamedTuple):
 
 def layers_of(row: Row, inputs: int, width: float) -> list[Layer]:
     """The parts of a row for so many input channels, in their order; training and the inference plan both follow them."""
-    channels, wide = rounded(row.channels * width), rounded(inputs * getattr(row, "expansion", 1))
+    channels, wide = round_channels(row.channels * width), round_channels(inputs * getattr(row, "expansion", 1))
     match row:
         case Conv():
             return [Layer("conv", channels, row.kernel, row.stride, row.activation)]
@@ -340,7 +340,7 @@ class Convolution(nn.Module):
         if jax.default_backend() == "cpu":
             if self.depthwise:
                 return shifted_products(x, kernel, stride)
-            patches = jnp.concatenate([part for _, part in _shifts(_padded(x, size), size, stride)], axis=-1)
+            patches = jnp.concatenate([part for _, part in _shifts(_pad(x, size), size, stride)], axis=-1)
             return _dense(patches, kernel.reshape(size * size * inputs, self.channels).astype(x.dtype))
         return convolution(x, kernel, stride)
 
@@ -371,10 +371,10 @@ def shifted_products(x: Array, kernel: Array, stride: int) -> Array:
     (measured: experiments/README.md).
     """
     size = len(kernel)
-    return sum(kernel[i, j, 0] * part for (i, j), part in _shifts(_padded(x, size), size, stride)).astype(x.dtype)
+    return sum(kernel[i, j, 0] * part for (i, j), part in _shifts(_pad(x, size), size, stride)).astype(x.dtype)
 
 
-def _padded(x: Array, size: int) -> Array:
+def _pad(x: Array, size: int) -> Array:
     return jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
 
 
@@ -391,12 +391,12 @@ def _shifted_products_forward(x: Array, kernel: Array, stride: int):
     return shifted_products(x, kernel, stride), (x, kernel)
 
 
-def _shifted_products_backward(stride: int, kept, g: Array):
-    x, kernel = kept
+def _shifted_products_backward(stride: int, residuals, g: Array):
+    x, kernel = residuals
     size = len(kernel)
     g32 = g.astype(jnp.float32)
     # in two steps: XLA's loops add whole images fast, but not down to a few channels at once; the barrier keeps them apart
-    parts = _shifts(_padded(x, size), size, stride)
+    parts = _shifts(_pad(x, size), size, stride)
     sums = [lax.optimization_barrier((g32 * part).sum(axis=0)).sum(axis=(0, 1)) for _, part in parts]
     # for x the same sum with the kernel turned round, over g with zeros where the stride left places out
     low = size // 2
@@ -433,7 +433,7 @@ class SqueezeExcite(nn.Module):
     def __call__(self, x: Array) -> Array:
         channels = x.shape[-1]
         gate = x.mean(axis=(1, 2), keepdims=True, dtype=jnp.float32)
-        gate = relu(nn.Conv(rounded(channels / 4), (1, 1), name="reduce")(gate))
+        gate = relu(nn.Conv(round_channels(channels / 4), (1, 1), name="reduce")(gate))
         # the product in float32, and so the sums of the gates' gradient
         return (x * hard_sigmoid(nn.Conv(channels, (1, 1), name="expand")(gate))).astype(x.dtype)
 
@@ -459,7 +459,7 @@ class Block(nn.Module):
 def rows(architecture: Architecture) -> list[tuple[str, Row]]:
     """The rows of a table below the stem, with the names of their ``Block``s."""
     stages = enumerate(architecture.stages)
-    return [(f"stage{stage}_{number}", row) for stage, rows in stages for number, row in enumerate(rows)]
+    return [(f"stage{number}_{place}", row) for number, stage in stages for place, row in enumerate(stage)]
 
 
 class Trunk(nn.Module):
@@ -476,7 +476,7 @@ class Trunk(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         stem, fixed = self.architecture.stem, self.width < self.architecture.fixed_stem_below
-        channels = stem.channels if fixed else rounded(stem.channels * self.width)
+        channels = stem.channels if fixed else round_channels(stem.channels * self.width)
         x = ConvNorm(channels, stem.kernel, stem.stride, stem.activation, axis_name=self.axis_name, name="stem")(x, train)
         for name, row in rows(self.architecture):
             x = Block(row, self.width, self.axis_name, name=name)(x, train)

@@ -48,8 +48,8 @@ def _batch_norm_forward(x: Array, scale: Array, bias: Array, relu: bool, axis_na
     return (y, mean, var), (x, y if relu else None, scale, mean, inverse)
 
 
-def _batch_norm_backward(relu: bool, axis_name: str | None, kept, gradients):
-    x, y, scale, mean, inverse = kept
+def _batch_norm_backward(relu: bool, axis_name: str | None, residuals, gradients):
+    x, y, scale, mean, inverse = residuals
     g = gradients[0].astype(jnp.float32)
     if relu:
         g = jnp.where(y > 0, g, 0)

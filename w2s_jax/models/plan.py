@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from flax import struct
 
-from w2s_jax import SAMPLING_RATE
-from w2s_jax.models.frontend import MEL_FLOOR, NORM_EPSILON
+from w2s_jax import NORM_EPSILON, SAMPLING_RATE
+from w2s_jax.models.frontend import MEL_FLOOR
 from w2s_jax.models.norm import EPSILON
 
 #: A natural logarithm of power times this is in dB.

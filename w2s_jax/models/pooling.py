@@ -32,8 +32,8 @@ def _max_pool_forward(x: Array):
     return y, (place_in_row, row, x[:0])  # of x only the shape
 
 
-def _max_pool_backward(kept, g: Array):
-    place_in_row, row, x = kept
+def _max_pool_backward(residuals, g: Array):
+    place_in_row, row, x = residuals
     return (_spread(_spread(g, row, 1, x.shape[1]), place_in_row, 2, x.shape[2]),)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from w2s_jax import SAMPLING_RATE
+from w2s_jax import NORM_EPSILON, SAMPLING_RATE
 from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.files import read_json
 from w2s_jax.kinds import FILES
@@ -22,8 +22,6 @@ from w2s_jax.runtime.session import one_line, open_session, out_of_memory, shrin
 SIGNAL, LOGITS = "signal", "logits"
 #: The other ends of the kind "chunked".
 CARRIED, NEXT = ("state", "first", "last"), "next"
-#: That of ``models.frontend``, which this floor must not import.
-NORM_EPSILON = 1e-7
 #: Samples that are worked on at a time where a whole recording need not be.
 BLOCK = 1 << 18
 #: Samples from which on a call gives its memory back, which would be kept for calls to come: 30 s.
