@@ -50,7 +50,7 @@ def test_fourier_kernels_are_those_of_an_fft(n_fft):
     wave = np.random.default_rng(n_fft).normal(size=n_fft)
     window = np.sin(np.pi * np.arange(n_fft) / n_fft) ** 2  # periodic Hann
     spectrum = np.fft.rfft(wave * window)
-    kernels = made(lambda pieces: compact.fourier_kernels(pieces, n_fft))
+    kernels = made(lambda pieces: compact.make_fourier_kernels(pieces, n_fft))
     np.testing.assert_allclose(kernels @ wave, [*spectrum.real, *spectrum.imag[1:-1]], atol=2e-6 * n_fft)
     np.testing.assert_allclose(kernels, compact.fourier_values(n_fft), atol=1e-7)
 

@@ -22,7 +22,7 @@ for package in ("tensorflow", "tf2onnx"):
 
 from w2s_jax.export import build, deploy, export_student, judge, package  # noqa: E402
 from w2s_jax.export import onnx as graph  # noqa: E402
-from w2s_jax.export.card import model_card  # noqa: E402
+from w2s_jax.export.card import compose_card  # noqa: E402
 from w2s_jax.models import mobilenet  # noqa: E402
 
 #: Each kind that computes in onnxruntime; tests/test_litert.py has the others.
@@ -314,7 +314,7 @@ def test_a_teachers_words_are_only_words_in_the_card(exported):
     config["dimensions"] = ["<b>joy</b>", "**anger**", "`fear`"]
     config["validation_ccc"] = dict.fromkeys(config["dimensions"], 0.5)
     facts = {"parameters": "72659", "minimum_samples": "64"}
-    card = model_card("model", facts, config, {"kinds": report["kinds"], "failed": {}})
+    card = compose_card("model", facts, config, {"kinds": report["kinds"], "failed": {}})
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["license_name"].startswith("x`|<script>alert(1)</script> [a](https://b.example)")
     assert yaml.safe_load(front)["base_model"].startswith("x`|<script>")

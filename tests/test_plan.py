@@ -132,7 +132,7 @@ class Own(nn.Module):
     def fold(self, variables):
         conv, mix, adv = (variables["params"][name] for name in ("conv", "mix", "adv"))
         layers = (
-            *plan.log_mel(self, variables),
+            *plan.fold_log_mel(self, variables),
             plan.Convolution(conv["kernel"].transpose(3, 2, 1, 0) * plan.DECIBEL, conv["bias"], 1, "relu"),
             plan.Convolution(mix["kernel"].transpose(3, 2, 1, 0), mix["bias"]),
             plan.Tokens(),

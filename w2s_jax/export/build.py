@@ -16,7 +16,7 @@ from w2s_jax.errors import UsageError
 from w2s_jax.export import direct, litert
 from w2s_jax.export import onnx as graph
 from w2s_jax.export.compact import compact
-from w2s_jax.export.deploy import deploy, in_chunks
+from w2s_jax.export.deploy import deploy, split_at_softmax
 from w2s_jax.export.plan import BLOCK, fill_channels, fold, merge
 from w2s_jax.export.quantize import COVERAGE, quantize
 from w2s_jax.kinds import KINDS
@@ -73,7 +73,7 @@ def _where_to_fill(student) -> str:
 
 def _properties(student) -> tuple[str, ...] | None:
     """``direct.properties`` of a student."""
-    return direct.properties(models.outline(student) if hasattr(student, "fold") else None)
+    return direct.find_properties(models.outline(student) if hasattr(student, "fold") else None)
 
 
 def kinds_of(student) -> list[str]:
@@ -154,7 +154,7 @@ def _build_qdq(source: Source, facts: Mapping[str, str]) -> tuple[bytes, dict]:
     student, fp32 = source.student, source.fp32
     # eight-bit convolutions need whole blocks in any case
     if _properties(student) is not None and _where_to_fill(student) != "all":
-        fp32, _ = fp32_graph(student, source.variables, probes(source.calibration[:2], student.minimum_samples), "all")
+        fp32, _ = fp32_graph(student, source.variables, make_probes(source.calibration[:2], student.minimum_samples), "all")
     model, how = quantize(fp32, source.calibration, source.progress, source.coverages, LARGEST[source.weight_bits])
     return pack(model, facts), how
 
@@ -167,14 +167,14 @@ def _build_litert(source: Source, facts: Mapping[str, str], int8: bool = False) 
 
 def _build_chunked(source: Source, facts: Mapping[str, str]) -> tuple[bytes, dict]:
     student, plan = source.student, source.plan
-    forward, weights, cut = in_chunks(fill_channels(plan, _where_to_fill(student)))
+    forward, weights, cut = split_at_softmax(fill_channels(plan, _where_to_fill(student)))
     features = jax.eval_shape(forward, weights, np.zeros((1, student.minimum_samples), np.float32))["value"].shape[0]
     shape = (features, "tokens")
     model = graph.convert(forward, weights, {"value": shape, "score": shape}, student.minimum_samples)
-    direct.chunked(model, plan)
+    direct.carry_state(model, plan)
     # neither the whole nor a fixed number of tokens: both would look like something that passes can take away
     example = {"state": first_state(features), "first": np.array([1]), "last": np.array([-1])}
-    model, _ = graph.simplify(model, probes([], student.minimum_samples), example)
+    model, _ = graph.simplify(model, make_probes([], student.minimum_samples), example)
     spectrum = plan.layers[1]
     cut |= {"tokens": CHUNK, "hop": spectrum.hop, "n_fft": len(spectrum.real)}
     return pack(model, {**facts, "chunk": json.dumps(cut)}), {"chunk": cut}
@@ -208,7 +208,7 @@ def pack(model, facts: Mapping[str, str], weights: str = "fp32") -> bytes:
     return packed.SerializeToString()
 
 
-def probes(waves: Sequence[np.ndarray], shortest: int) -> list[np.ndarray]:
+def make_probes(waves: Sequence[np.ndarray], shortest: int) -> list[np.ndarray]:
     """What graph passes are judged on: the given audio, noise of several lengths, and silence."""
     generator = np.random.default_rng(1)
     noise = [generator.normal(size=max(length, shortest)).astype(np.float32) for length in (1021, 16_000, 31_991)]

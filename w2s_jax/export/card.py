@@ -7,17 +7,16 @@ import re
 from collections.abc import Sequence
 
 from w2s_jax import DIMENSIONS, __version__, machine, models
-from w2s_jax.export.onnx import LOGITS
 from w2s_jax.kinds import FILES, KINDS
 from w2s_jax.names import line, markdown
+from w2s_jax.runtime.predictor import LOGITS, REPORT
 
-REPORT = "export.json"
 SOURCE = "arXiv 2408.13920"
 #: The licences that Hugging Face knows under these names; any other is named in the card's text only.
 _HUB_LICENCES = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "bsd-3-clause")
 
 
-def facts_of(student, config: dict) -> dict[str, str]:
+def collect_facts(student, config: dict) -> dict[str, str]:
     """What a reader of the .onnx file alone should know; strings, as the format has it."""
     teacher = config["teacher"]
     return {
@@ -49,7 +48,7 @@ def _licence(config: dict) -> str:
     return f"{teacher['licence']} (teacher); {pretrained['licence']} (weights that it started from)"
 
 
-def audonnx_yaml(dimensions: Sequence[str]) -> str:
+def compose_audonnx_yaml(dimensions: Sequence[str]) -> str:
     """The object file that audEERING's ``audonnx.load`` reads beside model.onnx; JSON strings are YAML strings."""
     return (
         "$audonnx.core.model.Model==1.0.1:\n"
@@ -86,7 +85,7 @@ def _row(kind: str, row: dict) -> str:
     return "| " + " | ".join(cell or "–" for cell in cells) + " |"
 
 
-def model_card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
+def compose_card(name: str, facts: dict[str, str], config: dict, report: dict) -> str:
     """The model card, with the front matter that Hugging Face reads."""
     teacher, dimensions = config["teacher"], config["dimensions"]
     licence, pretrained = _licence(config), config.get("pretrained")

@@ -57,7 +57,7 @@ class GraphBuilder:
 
 
 def fourier_values(n_fft: int) -> np.ndarray:
-    """The values of ``fourier_kernels``, [n_fft, n_fft]: Hann-windowed cosines of all bins, sines but of the first and last."""
+    """Values of ``make_fourier_kernels`` [n_fft, n_fft]: Hann-windowed cosines of all bins, sines but of the first and last."""
     place = np.arange(n_fft)
     table = np.cos(2 * np.pi * place / n_fft).astype(np.float32)
     index = np.arange(n_fft // 2 + 1)[:, None] * place % n_fft
@@ -65,7 +65,7 @@ def fourier_values(n_fft: int) -> np.ndarray:
     return table[np.concatenate([index, sines])] * (np.float32(0.5) - np.float32(0.5) * table)
 
 
-def fourier_kernels(builder: GraphBuilder, n_fft: int) -> str:
+def make_fourier_kernels(builder: GraphBuilder, n_fft: int) -> str:
     """The Fourier kernels [n_fft, n_fft], n_fft a multiple of 4, from one period of a cosine."""
     table = np.cos(2 * np.pi * np.arange(n_fft) / n_fft).astype(np.float32)
 
@@ -132,7 +132,7 @@ def compact(model, weights: str = "fp32") -> None:
         value = numpy_helper.to_array(constant)
         n_fft = value.shape[-1]
         if value.size == n_fft**2 and n_fft % 4 == 0 and _close(value.reshape(n_fft, n_fft), fourier_values(n_fft)):
-            made = fourier_kernels(builder, n_fft)
+            made = make_fourier_kernels(builder, n_fft)
         elif np.count_nonzero(value) < value.size / 4:
             made = scatter(builder, value)
         else:

@@ -136,7 +136,7 @@ def values_and_scores(layer: AttentionPooling, x: Array) -> tuple[Array, Array]:
     return tuple(apply(Tokens(), _pointwise(x, matrix)) for matrix in (layer.value, layer.score))
 
 
-def in_chunks(plan: Plan) -> tuple[Callable, Plan, dict[str, int]]:
+def split_at_softmax(plan: Plan) -> tuple[Callable, Plan, dict[str, int]]:
     """A plan up to its softmax over time, for a piece of a recording.
 
     Args:

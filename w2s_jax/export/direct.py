@@ -1,7 +1,8 @@
 """ONNX graphs that are built from a plan operator by operator, where that is smaller or faster than converting JAX.
 
-``integer`` computes in eight bits with onnxruntime's own operators; ``chunked`` takes a long recording piece by piece. Both are
-for plans like Wav2Small's: log-mel front end, a chain of convolutions with ReLU and max pools, pooling over time, one layer.
+``build_int8`` computes in eight bits with onnxruntime's own operators; ``carry_state`` lets a graph take a long recording
+piece by piece. Both are for plans like Wav2Small's: log-mel front end, a chain of convolutions with ReLU and max pools, pooling
+over time, a dense layer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from w2s_jax.export.compact import GraphBuilder, fourier_kernels, fourier_values, round_to_integers, scatter, unpack
+from w2s_jax.export.compact import GraphBuilder, fourier_values, make_fourier_kernels, round_to_integers, scatter, unpack
 from w2s_jax.export.deploy import TERMS
 from w2s_jax.export.onnx import LOGITS, OPSET, SIGNAL, session
 from w2s_jax.export.plan import BLOCK
@@ -74,7 +75,7 @@ def head_of(plan: Plan) -> tuple[Layer, ...]:
     return plan.layers[len(FRONT_END) + len(trunk_of(plan)) :]
 
 
-def properties(plan: Plan | None) -> tuple[str, ...] | None:
+def find_properties(plan: Plan | None) -> tuple[str, ...] | None:
     """What graphs of a plan can be built here besides eight bits: values of ``HEADS``; None if none can, or without a plan.
 
     The weights may be shapes only; so a 1×1 convolution before attention over tokens may still be there (see ``plan.merge``).
@@ -102,15 +103,15 @@ def quantize_direct(
     largest: int = 63,
     four_bits: bool = False,
 ) -> tuple:
-    """``integer`` with the ranges that suit real audio best.
+    """``build_int8`` with the ranges that suit real audio best.
 
     Args:
-        plan: merged, with ``properties``.
+        plan: merged; ``find_properties`` finds some.
         fp32: its fp32 graph, simplified.
         waves: float32 [T] each, real audio like that which the model is for; lengths may differ.
         progress: called with a line of text now and then.
         coverages: shares of a tensor's values that its range covers, candidates.
-        largest: as for ``integer``.
+        largest: as for ``build_int8``.
         four_bits: store the matrices of the attention over tokens in four bits.
 
     Returns:
@@ -119,11 +120,11 @@ def quantize_direct(
     ends, moments = _measure(fp32, waves, coverages)
     given = moments if four_bits else None
     return choose_coverage(
-        lambda coverage: integer(plan, ends[coverage], largest, given), fp32, waves, progress, coverages
+        lambda coverage: build_int8(plan, ends[coverage], largest, given), fp32, waves, progress, coverages
     )  # fmt: skip
 
 
-def integer(plan: Plan, ends: Sequence[float], largest: int = 63, moments: np.ndarray | None = None):
+def build_int8(plan: Plan, ends: Sequence[float], largest: int = 63, moments: np.ndarray | None = None):
     """A plan in eight bits, for onnxruntime.
 
     From the log-mel image to the tokens everything is an eight-bit number. Normalisation, spectrum, mel power, logarithm, the
@@ -132,7 +133,7 @@ def integer(plan: Plan, ends: Sequence[float], largest: int = 63, moments: np.nd
     because with one channel the vector unit would idle.
 
     Args:
-        plan: merged, with ``properties``.
+        plan: merged; ``find_properties`` finds some.
         ends: where the ranges of the logarithm and of each ReLU end.
         largest: of the weights' whole numbers. 63 is right everywhere; where two products are added in 16 bits (x86 without
             VNNI), two times 255 · 127 overflows.
@@ -192,7 +193,7 @@ def _convolve(
     return Image(x, made, NONE, outputs)
 
 
-def chunked(model, plan: Plan) -> None:
+def carry_state(model, plan: Plan) -> None:
     """Turn the graph of ``deploy.in_chunks`` into one that is called once for each piece of a recording.
 
     The softmax-weighted mean is a quotient of two sums over time, which go from call to call.
@@ -278,7 +279,7 @@ def _log_mel(builder: GraphBuilder, plan: Plan, end: float) -> Image:
     kernels = spectrum.real.T
     n_fft = kernels.shape[1]
     if kernels.shape == (n_fft, n_fft) and np.abs(kernels - fourier_values(n_fft)).max() <= 2e-7:
-        made = fourier_kernels(builder, n_fft)
+        made = make_fourier_kernels(builder, n_fft)
     else:  # a checkpoint from elsewhere may have kernels of its own
         made = builder.constant(kernels.astype(np.float32))
     parts = add("Conv", signal, builder.reshape(made, -1, 1, 1, n_fft), strides=[1, spectrum.hop])

@@ -20,7 +20,7 @@ PARITY_LIMIT = 1e-4
 PARITY_LENGTHS = (127, 1021, 8191, 16_000, 31_991, 80_000, 960_000)
 
 
-def parity_cases(student, variables: Mapping, waves: Sequence[np.ndarray]) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def make_cases(student, variables: Mapping, waves: Sequence[np.ndarray]) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Name of a signal, waveform, and the Flax module's logits for it: noise, silence and real audio of every length."""
     shortest = student.minimum_samples
     lengths = sorted({shortest, shortest + 1, shortest + student.hop, *(n for n in PARITY_LENGTHS if n > shortest)})
@@ -46,7 +46,7 @@ def check_parity(
     Args:
         kind: of the model.
         predictor: the model; it refuses to return what is not finite.
-        cases: of ``parity_cases``.
+        cases: of ``make_cases``.
 
     Returns:
         The lengths in samples, and how large the differences are.

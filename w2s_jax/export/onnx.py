@@ -14,10 +14,8 @@ import numpy as np
 
 from w2s_jax.errors import UsageError, W2SError, missing_extra
 from w2s_jax.install import pip_install
-from w2s_jax.runtime.predictor import open_session
+from w2s_jax.runtime.predictor import LOGITS, SIGNAL, open_session
 
-#: Names of the only input and output.
-SIGNAL, LOGITS = "signal", "logits"
 OPSET = 17
 #: What a graph pass may change in an output, as a share of the largest output if that is above 1. Reordered float32 sums
 #: differ by less, a wrong rewrite by much more.

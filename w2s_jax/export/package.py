@@ -18,11 +18,12 @@ from w2s_jax.devices import computing
 from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.export import judge
 from w2s_jax.export import onnx as graph
-from w2s_jax.export.build import LARGEST, build, fp32_graph, kinds_of, probes, require_kind
-from w2s_jax.export.card import REPORT, audonnx_yaml, facts_of, model_card
+from w2s_jax.export.build import LARGEST, build, fp32_graph, kinds_of, make_probes, require_kind
+from w2s_jax.export.card import collect_facts, compose_audonnx_yaml, compose_card
 from w2s_jax.files import write_atomic
 from w2s_jax.kinds import DEFAULT, FILES, INTEGER_KINDS, KINDS
 from w2s_jax.runtime import Predictor
+from w2s_jax.runtime.predictor import REPORT
 
 #: Fewer calibration waves than this say nothing about the ranges, or about a CCC.
 LEAST_WAVES = 8
@@ -98,13 +99,13 @@ def export_student(
             f"--weight-bits 8, for 7 bits are right everywhere, or export on {machine.EXACT_SUMS}"
         )
 
-    facts = facts_of(student, config)
+    facts = collect_facts(student, config)
     progress("fp32: converting")
-    fp32, passes = fp32_graph(student, variables, probes([*calibration, *check][:4], student.minimum_samples))
+    fp32, passes = fp32_graph(student, variables, make_probes([*calibration, *check][:4], student.minimum_samples))
     refused = [name for name, change in passes.items() if change > graph.PASS_LIMIT]
     if refused:
         progress(f"fp32: left out graph passes that would change the outputs: {', '.join(refused)}")
-    cases = judge.parity_cases(student, variables, [*check, *calibration])
+    cases = judge.make_cases(student, variables, [*check, *calibration])
     report: dict = {"files": {}, "parity": {}, "kinds": {}, "failed": {}, "skipped": skipped}
     report |= {"passes": passes, "versions": _collect_versions()}
     with tempfile.TemporaryDirectory() as place:
@@ -145,9 +146,9 @@ def export_student(
 
     for name in (checkpoint.WEIGHTS, checkpoint.CONFIG):
         files[name] = (source / name).read_bytes()
-    files["model.yaml"] = audonnx_yaml(config["dimensions"]).encode()
+    files["model.yaml"] = compose_audonnx_yaml(config["dimensions"]).encode()
     report["files"] = {name: len(content) for name, content in files.items()}
-    files["README.md"] = model_card(out.name, facts, config, report).encode()
+    files["README.md"] = compose_card(out.name, facts, config, report).encode()
     report["files"]["README.md"] = len(files["README.md"])
     report["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[REPORT] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()

@@ -45,7 +45,7 @@ def _merge(done: list[Layer], layer: Layer) -> list[Layer]:
             used = np.abs(kernels).max(axis=0) > 1e-9
             matrix = np.concatenate([matrix, matrix])[used]
             return [*front, spectrum.replace(real=kernels[:, used], imag=None), Mel(matrix)]
-        case [*front, Convolution(kernel=kernel, bias=bias, activation=None), Tokens()], AttentionPooling() if (
+        case [*front, Convolution(kernel=kernel, bias=bias, stride=1, activation=None), Tokens()], AttentionPooling() if (
             kernel.shape[2] == 1
         ):
             mels = len(layer.value) // len(kernel)  # tokens are ordered (channel, mel)

@@ -46,7 +46,7 @@ def quantize(
         waves: float32 [T] each, real audio like that which the model is for; lengths may differ.
         progress: called with a line of text now and then.
         coverages: the candidates.
-        largest: whole number of a weight, 63 or 127 (see ``direct.integer``).
+        largest: whole number of a weight, 63 or 127 (see ``direct.build_int8``).
 
     Returns:
         The QDQ model, and a dict: ``coverage`` (the chosen one), ``candidates`` (coverage → worst CCC on ``waves``).

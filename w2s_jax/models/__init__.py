@@ -84,18 +84,28 @@ def _check_field(what: str, kind: str, value: object, limits: tuple | None) -> N
 
 
 @computing()
+def shapes(student: nn.Module) -> dict:
+    """A student's variables with shapes in the place of arrays; nothing is computed."""
+    return jax.eval_shape(student.init, jax.random.key(0), jax.ShapeDtypeStruct((1, SAMPLING_RATE), jnp.float32))
+
+
+@computing()
 def count(student: nn.Module) -> dict[str, int]:
     """Parameters of a student, ``trained`` and ``fixed`` (the front end), without computing anything."""
-    shapes = jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE)))
-    sizes = {part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
+    sizes = {part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for part, tree in shapes(student).items()}
     return {"trained": sizes["params"], "fixed": sizes["frontend"]}
 
 
 @computing()
 def outline(student: nn.Module) -> Plan:
-    """The plan of a student with shapes in the place of weights; nothing is computed."""
-    wave = jax.ShapeDtypeStruct((1, SAMPLING_RATE), jnp.float32)
-    return jax.eval_shape(student.fold, jax.eval_shape(student.init, jax.random.key(0), wave))
+    """The plan of a student with shapes in the place of weights; nothing is computed.
+
+    Raises:
+        UsageError: the student has no method ``fold``.
+    """
+    if not hasattr(student, "fold"):
+        raise UsageError(f"{type(student).__name__} has no method fold, which makes its plan (see w2s_jax.models.plan)")
+    return jax.eval_shape(student.fold, shapes(student))
 
 
 def macs(student: nn.Module, samples: int = 5 * SAMPLING_RATE) -> int:

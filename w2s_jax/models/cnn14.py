@@ -62,11 +62,11 @@ class CNN14(nn.Module):
     def fold(self, variables: Mapping) -> plan.Plan:
         params, stats = variables["params"], variables["batch_stats"]
         # per mel band, and the zeros of the padding come after it: the first convolution cannot take it over
-        scale, shift = plan.batch_norm(params["norm"], stats["norm"])
-        layers = [*plan.log_mel(self, variables), plan.Affine(scale * plan.DECIBEL, shift)]
+        scale, shift = plan.fold_batch_norm(params["norm"], stats["norm"])
+        layers = [*plan.fold_log_mel(self, variables), plan.Affine(scale * plan.DECIBEL, shift)]
         for name, _, pool in BLOCKS:
             norm = params[f"norm{name}"], stats[f"norm{name}"]
-            layers.append(plan.convolution(params[f"conv{name}"]["kernel"], *norm, 1, "relu"))
+            layers.append(plan.fold_convolution(params[f"conv{name}"]["kernel"], *norm, 1, "relu"))
             layers += [plan.AveragePool()] if pool else []
         dense, adv = params["dense"], params["adv"]
         layers += [plan.PeakPooling(), plan.Dense(dense["kernel"], dense["bias"], "relu")]

@@ -288,7 +288,7 @@ class Layer(NamedTuple):
     depthwise: bool = False
 
 
-def layers_of(row: Row, inputs: int, width: float) -> list[Layer]:
+def list_layers(row: Row, inputs: int, width: float) -> list[Layer]:
     """The parts of a row for so many input channels, in their order; training and the inference plan both follow them."""
     channels, wide = round_channels(row.channels * width), round_channels(inputs * getattr(row, "expansion", 1))
     match row:
@@ -448,7 +448,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         before = x
-        for layer in layers_of(self.row, x.shape[-1], self.width):
+        for layer in list_layers(self.row, x.shape[-1], self.width):
             if layer.name == "squeeze":
                 x = SqueezeExcite(name="squeeze")(x)
             else:
@@ -456,7 +456,7 @@ class Block(nn.Module):
         return x + before if has_residual(self.row, before.shape[-1], x.shape[-1]) else x
 
 
-def rows(architecture: Architecture) -> list[tuple[str, Row]]:
+def list_rows(architecture: Architecture) -> list[tuple[str, Row]]:
     """The rows of a table below the stem, with the names of their ``Block``s."""
     stages = enumerate(architecture.stages)
     return [(f"stage{number}_{place}", row) for number, stage in stages for place, row in enumerate(stage)]
@@ -478,7 +478,7 @@ class Trunk(nn.Module):
         stem, fixed = self.architecture.stem, self.width < self.architecture.fixed_stem_below
         channels = stem.channels if fixed else round_channels(stem.channels * self.width)
         x = ConvNorm(channels, stem.kernel, stem.stride, stem.activation, axis_name=self.axis_name, name="stem")(x, train)
-        for name, row in rows(self.architecture):
+        for name, row in list_rows(self.architecture):
             x = Block(row, self.width, self.axis_name, name=name)(x, train)
         return x
 
@@ -518,26 +518,26 @@ class MobileNetStudent(nn.Module):
     @nn.nowrap
     def fold(self, variables: Mapping) -> plan.Plan:
         params, stats = variables["params"]["trunk"], variables["batch_stats"]["trunk"]
-        layers = plan.log_mel(self, variables)
+        layers = plan.fold_log_mel(self, variables)
         layers.append(_fold_layer(params["stem"], stats["stem"], self.architecture.stem, plan.DECIBEL))
         channels = layers[-1].kernel.shape[0]
-        for name, row in rows(self.architecture):
+        for name, row in list_rows(self.architecture):
             inner = [
                 _fold_squeeze(params[name]["squeeze"]) if layer.name == "squeeze"
                 else _fold_layer(params[name][layer.name], stats[name][layer.name], layer)
-                for layer in layers_of(row, channels, self.width)
+                for layer in list_layers(row, channels, self.width)
             ]  # fmt: skip
             outputs = inner[-1].kernel.shape[0]
             layers += [plan.Residual(tuple(inner))] if has_residual(row, channels, outputs) else inner
             channels = outputs
         pool, adv = variables["params"]["pool"], variables["params"]["adv"]
-        layers += [plan.Places(), plan.attention(pool), plan.Dense(adv["kernel"], adv["bias"])]
+        layers += [plan.Places(), plan.fold_attention(pool), plan.Dense(adv["kernel"], adv["bias"])]
         return plan.Plan(tuple(layers), self.minimum_samples)
 
 
 def _fold_layer(params: Mapping, stats: Mapping, layer: Layer | Conv, scale: float = 1.0) -> plan.Convolution:
     activation = {None: None, relu: "relu", hard_swish: "hard_swish"}[layer.activation]
-    return plan.convolution(params["conv"]["kernel"], params["norm"], stats["norm"], layer.stride, activation, scale)
+    return plan.fold_convolution(params["conv"]["kernel"], params["norm"], stats["norm"], layer.stride, activation, scale)
 
 
 def _fold_squeeze(params: Mapping) -> plan.SqueezeExcite:

@@ -255,19 +255,19 @@ def count(tree: Plan | Layer) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def log_mel(student, variables: Mapping) -> list[Layer]:
+def fold_log_mel(student, variables: Mapping) -> list[Layer]:
     """The front end that all students share: waveform → natural logarithm of the mel power; dB are ``DECIBEL`` times that."""
     frontend = variables["frontend"]["logmel"]
     return [Normalise(), Spectrum(frontend["real"], frontend["imag"], student.hop), Mel(frontend["mel"]), Log()]
 
 
-def batch_norm(params: Mapping, stats: Mapping) -> tuple[np.ndarray, np.ndarray]:
+def fold_batch_norm(params: Mapping, stats: Mapping) -> tuple[np.ndarray, np.ndarray]:
     """The factor and the shift [C] that a BatchNorm is in inference."""
     factor = params["scale"] / (stats["var"] + EPSILON) ** 0.5
     return factor, params["bias"] - stats["mean"] * factor
 
 
-def convolution(
+def fold_convolution(
     kernel: np.ndarray, norm: Mapping, stats: Mapping, stride: int, activation: str | None, scale: float = 1.0
 ) -> Convolution:
     """A convolution with the BatchNorm behind it folded in.
@@ -278,10 +278,10 @@ def convolution(
         stride, activation: as in ``Convolution``.
         scale: of the input, which is to be multiplied by it.
     """
-    factor, shift = batch_norm(norm, stats)
+    factor, shift = fold_batch_norm(norm, stats)
     return Convolution(kernel.transpose(3, 2, 1, 0) * (scale * factor)[:, None, None, None], shift, stride, activation)
 
 
-def attention(params: Mapping) -> AttentionPooling:
+def fold_attention(params: Mapping) -> AttentionPooling:
     """``pooling.AttentionPooling``. A softmax over time does not see the bias of its scores."""
     return AttentionPooling(params["lin"]["kernel"], params["sof"]["kernel"], params["lin"]["bias"])

@@ -41,7 +41,7 @@ class Block(NamedTuple):
     pool: bool
 
 
-def blocks(before: int, after: int, stride: int) -> list[Block]:
+def list_blocks(before: int, after: int, stride: int) -> list[Block]:
     """The trunk as a table, which training in Flax, training by the compiled kernel and the inference plan all follow."""
     return [
         Block(f"l{layer}", stride if layer == 1 else 1, layer == before) for layer in range(1, before + after + 1)
@@ -96,7 +96,7 @@ class VGG(nn.Module):
         way = self.form, self.kernel, self.stride, x.dtype, self.axis_name
         if train and not self.is_initializing() and trains_natively(*way):
             return self._train_natively(x)
-        for block in blocks(self.before, self.after, self.stride):
+        for block in list_blocks(self.before, self.after, self.stride):
             x = ConvBlock(self.channels, self.kernel, block.stride, self.axis_name, self.form, name=block.name)(x, train)
             if block.pool:
                 x = max_pool(x)
@@ -104,7 +104,7 @@ class VGG(nn.Module):
 
     def _train_natively(self, x: Array) -> Array:
         """The whole trunk by the compiled kernel, with the parameters and running statistics of the blocks."""
-        table = blocks(self.before, self.after, self.stride)
+        table = list_blocks(self.before, self.after, self.stride)
         params = [self.variables["params"][block.name] for block in table]
         kernels = [block["conv"]["kernel"] for block in params]
         gammas, betas = ([block["norm"][key] for block in params] for key in ("scale", "bias"))
@@ -155,11 +155,11 @@ class Wav2SmallStudent(nn.Module):
     @nn.nowrap
     def fold_features(self, variables: Mapping) -> list[plan.Layer]:
         """``features`` as layers of a plan."""
-        layers, scale = plan.log_mel(self, variables), plan.DECIBEL
+        layers, scale = plan.fold_log_mel(self, variables), plan.DECIBEL
         params, stats = variables["params"]["vgg7"], variables["batch_stats"]["vgg7"]
-        for name, stride, pool in blocks(self.before, self.after, self.stride):
+        for name, stride, pool in list_blocks(self.before, self.after, self.stride):
             norm = params[name]["norm"], stats[name]["norm"]
-            layers.append(plan.convolution(params[name]["conv"]["kernel"], *norm, stride, "relu", scale))
+            layers.append(plan.fold_convolution(params[name]["conv"]["kernel"], *norm, stride, "relu", scale))
             layers += [plan.MaxPool()] if pool else []
             scale = 1.0
         return layers
@@ -193,10 +193,8 @@ class Wav2Small(Wav2SmallStudent):
     @nn.nowrap
     def fold(self, variables: Mapping) -> plan.Plan:
         params = variables["params"]
-        mix, adv = params["mix"], params["adv"]
-        pool = (
-            plan.attention(params["pool"]) if self.pooling == "attention" else plan.MomentPooling(self.pooling == "statistics")
-        )  # fmt: skip
+        mix, adv, attends = params["mix"], params["adv"], self.pooling == "attention"
+        pool = plan.fold_attention(params["pool"]) if attends else plan.MomentPooling(self.pooling == "statistics")
         layers = [
             *self.fold_features(variables),
             plan.Convolution(mix["kernel"].transpose(3, 2, 1, 0), mix["bias"]),
@@ -224,5 +222,5 @@ class Wav2Small17K(Wav2SmallStudent):
     @nn.nowrap
     def fold(self, variables: Mapping) -> plan.Plan:
         pool, adv = variables["params"]["pool"], variables["params"]["adv"]
-        layers = *self.fold_features(variables), plan.attention(pool), plan.Gram(), plan.Dense(adv["kernel"], adv["bias"])
+        layers = *self.fold_features(variables), plan.fold_attention(pool), plan.Gram(), plan.Dense(adv["kernel"], adv["bias"])
         return plan.Plan(layers, self.minimum_samples)
