@@ -106,7 +106,7 @@ def quantize_direct(
     """``build_int8`` with the ranges that suit real audio best.
 
     Args:
-        plan: merged; ``find_properties`` finds some.
+        plan: merged; one for which ``find_properties`` is not None.
         fp32: its fp32 graph, simplified.
         waves: float32 [T] each, real audio like that which the model is for; lengths may differ.
         progress: called with a line of text now and then.
@@ -133,7 +133,7 @@ def build_int8(plan: Plan, ends: Sequence[float], largest: int = 63, moments: np
     because with one channel the vector unit would idle.
 
     Args:
-        plan: merged; ``find_properties`` finds some.
+        plan: merged; one for which ``find_properties`` is not None.
         ends: where the ranges of the logarithm and of each ReLU end.
         largest: of the weights' whole numbers. 63 is right everywhere; where two products are added in 16 bits (x86 without
             VNNI), two times 255 · 127 overflows.
@@ -194,7 +194,7 @@ def _convolve(
 
 
 def carry_state(model, plan: Plan) -> None:
-    """Turn the graph of ``deploy.in_chunks`` into one that is called once for each piece of a recording.
+    """Turn the graph of ``deploy.split_at_softmax`` into one that is called once for each piece of a recording.
 
     The softmax-weighted mean is a quotient of two sums over time, which go from call to call.
 
