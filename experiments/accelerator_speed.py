@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", nargs="+", default=["wav2small", "mobilenet_v4_s"], choices=list(models.STUDENTS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--forms", nargs="+", default=["direct", "blocks", "bands"], choices=CHOICES)
+    parser.add_argument("--forms", nargs="+", default=["direct", "blocks"], choices=CHOICES)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=5.0, help="of a clip")
     parser.add_argument("--steps", type=int, default=16, help="in one dispatch of the scans; 0: bare steps only")

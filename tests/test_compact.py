@@ -17,7 +17,7 @@ floats = st.floats(-10, 10, width=32)
 
 def made(make):
     """What the nodes that ``make(pieces)`` adds give."""
-    pieces = compact.Pieces()
+    pieces = compact.GraphBuilder()
     name = make(pieces)
     end = onnx.ValueInfoProto(name=name)
     graph = onnx.helper.make_graph(pieces.nodes, "made", [], [end], pieces.constants)
@@ -28,7 +28,7 @@ def made(make):
 @given(arrays.arrays(np.int8, st.integers(1, 99), elements=st.integers(-8, 7)))
 @few
 def test_four_bits(values):
-    found = made(lambda pieces: compact.unpacked(pieces, values))
+    found = made(lambda pieces: compact.unpack(pieces, values))
     assert found.dtype == np.int8
     np.testing.assert_array_equal(found, values)
 
@@ -36,13 +36,13 @@ def test_four_bits(values):
 @given(arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2), elements=st.sampled_from([0, 0, 0, 1.5, -2])))
 @few
 def test_scattered(values):
-    np.testing.assert_array_equal(made(lambda pieces: compact.scattered(pieces, values)), values.ravel())
+    np.testing.assert_array_equal(made(lambda pieces: compact.scatter(pieces, values)), values.ravel())
 
 
 def test_scattered_where_places_need_more_than_16_bits():
     values = np.zeros(70_000, np.float32)
     values[[3, 69_999]] = 1, 2
-    np.testing.assert_array_equal(made(lambda pieces: compact.scattered(pieces, values)), values)
+    np.testing.assert_array_equal(made(lambda pieces: compact.scatter(pieces, values)), values)
 
 
 @pytest.mark.parametrize("n_fft", [16, 64, 144, 512])
@@ -50,7 +50,7 @@ def test_fourier_kernels_are_those_of_an_fft(n_fft):
     wave = np.random.default_rng(n_fft).normal(size=n_fft)
     window = np.sin(np.pi * np.arange(n_fft) / n_fft) ** 2  # periodic Hann
     spectrum = np.fft.rfft(wave * window)
-    kernels = made(lambda pieces: compact.fourier(pieces, n_fft))
+    kernels = made(lambda pieces: compact.make_fourier_kernels(pieces, n_fft))
     np.testing.assert_allclose(kernels @ wave, [*spectrum.real, *spectrum.imag[1:-1]], atol=2e-6 * n_fft)
     np.testing.assert_allclose(kernels, compact.fourier_values(n_fft), atol=1e-7)
 
@@ -61,7 +61,7 @@ def test_fourier_kernels_are_those_of_an_fft(n_fft):
 )
 @few
 def test_rounded(values, largest):
-    numbers, scales = compact.rounded(values, 1, largest)
+    numbers, scales = compact.round_to_integers(values, 1, largest)
     assert np.abs(numbers).max() <= largest
     assert scales.shape == (1, values.shape[1])
     assert (np.abs(numbers * scales - values) <= scales * 0.5001).all()

@@ -15,7 +15,7 @@ from test_export import make_student, speech  # noqa: E402
 
 from w2s_jax import checkpoint, machine  # noqa: E402
 from w2s_jax.errors import UsageError  # noqa: E402
-from w2s_jax.export import direct, export_student, package  # noqa: E402
+from w2s_jax.export import direct, export_student, judge, package  # noqa: E402
 from w2s_jax.export import onnx as graph  # noqa: E402
 from w2s_jax.runtime import Predictor  # noqa: E402
 
@@ -101,7 +101,7 @@ def export(student, out, waves, kinds, least):
 
 @slow
 def test_without_the_proof_that_exp_cannot_overflow_the_export_fails(sharp, waves, tmp_path, monkeypatch):
-    monkeypatch.setattr(package, "PARITY_LENGTHS", (1021, 31_991))
+    monkeypatch.setattr(judge, "PARITY_LENGTHS", (1021, 31_991))
     export(sharp, tmp_path / "model", waves, ["int8"], -1)
     monkeypatch.setattr(direct, "_exp_is_safe", lambda score, value: True)
     with pytest.warns(UserWarning, match=r"int8 is not written: .*not finite"):
@@ -111,11 +111,11 @@ def test_without_the_proof_that_exp_cannot_overflow_the_export_fails(sharp, wave
 
 def test_with_a_softmax_in_eight_bits_the_export_fails(waves, tmp_path, monkeypatch):
     """The weights of the softmax, rounded to 1/255 as a careless range of 0 to 1 has it."""
-    monkeypatch.setattr(package, "PARITY_LENGTHS", (1021, 31_991))
+    monkeypatch.setattr(judge, "PARITY_LENGTHS", (1021, 31_991))
     make_student(tmp_path / "student", "wav2small", {"channels": 4, "before": 1, "after": 1}, waves)
     report = export(tmp_path / "student", tmp_path / "model", waves, ["int8"], 0.95)
     assert min(report["kinds"]["int8"]["ccc"].values()) > 0.95
-    node = direct.Pieces.node
+    node = direct.GraphBuilder.node
 
     def careless(self, op_type, *inputs, **options):
         if op_type != "Exp":
@@ -126,7 +126,7 @@ def test_with_a_softmax_in_eight_bits_the_export_fails(waves, tmp_path, monkeypa
         weight = node(self, "DequantizeLinear", node(self, "QuantizeLinear", weight, *step), *step)
         return node(self, "Max", weight, np.float32(1e-9))  # where all of them vanish
 
-    monkeypatch.setattr(direct.Pieces, "node", careless)
+    monkeypatch.setattr(direct.GraphBuilder, "node", careless)
     with pytest.warns(UserWarning, match=r"int8 is not written: too far from fp32: CCC -?0\.\d+ .* at least 0.95 expected"):
         report = export(tmp_path / "student", tmp_path / "careless", waves, ["int8"], 0.95)
     assert list(report["failed"]) == ["int8"] and not (tmp_path / "careless" / "model.int8.onnx").exists()
@@ -175,7 +175,7 @@ def test_four_bits_err_less_together_than_alone():
     inputs = generator.normal(size=(500, 4)) @ generator.normal(size=(4, 30)) + 0.1 * generator.normal(size=(500, 30))
     weights = generator.normal(size=(30, 8))
     weights[:, 3] = 0
-    numbers, scales = direct._rounded_together(weights, inputs.T @ inputs / len(inputs))
+    numbers, scales = direct._round_together(weights, inputs.T @ inputs / len(inputs))
     assert numbers.min() >= -8 and numbers.max() <= 7 and not numbers[:, 3].any() and np.isfinite(scales).all()
     alone = np.clip(np.rint(weights / scales), -8, 7)
     errors = [np.square(inputs @ (found * scales - weights)).mean() for found in (numbers, alone)]

@@ -14,14 +14,15 @@ import pytest
 
 from w2s_jax import bench, checkpoint, config, label, labels, models, teachers, train
 from w2s_jax.errors import UsageError, W2SError
-from w2s_jax.kinds import FILES
+from w2s_jax.kinds import FILES, INTEGER_KINDS
 from w2s_jax.runtime import Predictor
 
 for package in ("tensorflow", "tf2onnx"):
     pytest.importorskip(package, reason="needs pip install 'w2s-jax[export]'")
 
-from w2s_jax.export import deploy, export_student, package  # noqa: E402
+from w2s_jax.export import build, deploy, export_student, judge, package  # noqa: E402
 from w2s_jax.export import onnx as graph  # noqa: E402
+from w2s_jax.export.card import compose_card  # noqa: E402
 from w2s_jax.models import mobilenet  # noqa: E402
 
 #: Each kind that computes in onnxruntime; tests/test_litert.py has the others.
@@ -94,7 +95,7 @@ def exported(place, waves):
     lines = []
     with pytest.MonkeyPatch.context() as patch:
         if "17k" in str(place):  # the full list once is enough
-            patch.setattr(package, "PARITY_LENGTHS", (1021, 31_991))
+            patch.setattr(judge, "PARITY_LENGTHS", (1021, 31_991))
         # the judgement of what rounds needs a trained student: random weights look at single frames
         kinds = [kind for kind in KINDS if kind != "int8-int4" or "17k" not in str(place)]
         report = export_student(place / "run", place / "model", waves, message=lines.append, min_ccc=-1, kinds=kinds)
@@ -129,7 +130,7 @@ def test_report(exported):
         if kind != "fp32":
             assert row["views"] == 4  # every fourth of the calibration waves
             assert set(row["ccc"]) == {"arousal", "dominance", "valence"}
-        assert row.get("calibration_waves") == (12 if kind in package.RANGED else None)
+        assert row.get("calibration_waves") == (12 if kind in INTEGER_KINDS else None)
     assert report["kinds"]["chunked"]["max_difference"] <= 1e-4
     assert {kind for kind, row in report["kinds"].items() if "difference_from_flax" in row} == {"fp32", "chunked"}
     assert report["kinds"]["fp32"]["difference_from_flax"] == report["parity"]["max_difference"]
@@ -313,7 +314,7 @@ def test_a_teachers_words_are_only_words_in_the_card(exported):
     config["dimensions"] = ["<b>joy</b>", "**anger**", "`fear`"]
     config["validation_ccc"] = dict.fromkeys(config["dimensions"], 0.5)
     facts = {"parameters": "72659", "minimum_samples": "64"}
-    card = package._card("model", facts, config, {"kinds": report["kinds"], "failed": {}})
+    card = compose_card("model", facts, config, {"kinds": report["kinds"], "failed": {}})
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["license_name"].startswith("x`|<script>alert(1)</script> [a](https://b.example)")
     assert yaml.safe_load(front)["base_model"].startswith("x`|<script>")
@@ -351,8 +352,8 @@ def test_no_parity_no_directory(small, tmp_path, monkeypatch):
         right, weights = deploy.deploy(student, variables, filled)
         return lambda weights, wave: right(weights, wave) + 2e-4, weights
 
-    monkeypatch.setattr(package, "deploy", wrong)
-    monkeypatch.setattr(package, "PARITY_LENGTHS", (16_000,))
+    monkeypatch.setattr(build, "deploy", wrong)
+    monkeypatch.setattr(judge, "PARITY_LENGTHS", (16_000,))
     with pytest.raises(
         W2SError, match=r"fp32 model.*differ by 0.0002.* samples of noise; the limit is 1e-04, nothing was written"
     ):
@@ -366,13 +367,13 @@ def test_a_kind_that_fails_does_not_sink_the_others(small, tmp_path, waves, monk
     def torn(*arguments):
         raise KeyError("a converter of another house")
 
-    monkeypatch.setattr(package, "PARITY_LENGTHS", ())
-    monkeypatch.setattr(package, "_chunked", torn)
+    monkeypatch.setattr(judge, "PARITY_LENGTHS", ())
+    monkeypatch.setitem(build.BUILDERS, "chunked", torn)
 
-    def flat(student, variables, fp32, *options):  # the same for every waveform: CCC 0
+    def flat(plan, fp32, *options):  # the same for every waveform: CCC 0
         return constant(fp32), {}
 
-    monkeypatch.setattr(package.direct, "quantize_direct", flat)
+    monkeypatch.setattr(build.direct, "quantize_direct", flat)
     with pytest.warns(UserWarning, match="is not written") as said:
         report = export_student(
             small, tmp_path / "model", waves[:8], waves[8:], kinds=["chunked", "int8", "int8w"], min_ccc=0.9
@@ -422,7 +423,7 @@ def test_the_command_ends_with_1_where_a_kind_fails(small, tmp_path, monkeypatch
 def test_eight_bit_weights_say_what_they_need(small, waves, tmp_path, monkeypatch):
     from w2s_jax import machine
 
-    monkeypatch.setattr(package, "PARITY_LENGTHS", ())
+    monkeypatch.setattr(judge, "PARITY_LENGTHS", ())
     monkeypatch.setattr(machine, "saturates", lambda: False)  # as on ARM; what comes out is not looked at
     report = export_student(small, tmp_path / "model", waves[:8], waves[8:], min_ccc=-1, weight_bits=8)
     about = {kind: Predictor(tmp_path / "model", kind=kind).metadata for kind in ("fp32", "int8")}
@@ -447,7 +448,7 @@ def test_a_wrong_graph_pass_is_left_out(small, tmp_path, monkeypatch):
                 node.op_type = "Abs"
 
     monkeypatch.setattr(graph, "bias_into_conv", wrong)
-    monkeypatch.setattr(package, "PARITY_LENGTHS", (16_000,))
+    monkeypatch.setattr(judge, "PARITY_LENGTHS", (16_000,))
     lines = []
     report = export_student(small, tmp_path / "model", message=lines.append)
     assert report["passes"]["wrong"] > graph.PASS_LIMIT
@@ -469,8 +470,8 @@ def test_the_quickstart_ends_with_the_kinds_that_hold(tmp_path, monkeypatch):
     def torn(*arguments):
         raise W2SError("[every] number of it is wrong")  # brackets are rich's markup
 
-    monkeypatch.setattr(package, "PARITY_LENGTHS", ())
-    monkeypatch.setattr(package.direct, "quantize_direct", torn)
+    monkeypatch.setattr(judge, "PARITY_LENGTHS", ())
+    monkeypatch.setattr(build.direct, "quantize_direct", torn)
     out = Console(file=io.StringIO(), width=120)
     with pytest.warns(UserWarning, match="int8 is not written"):
         result = quickstart.run(tmp_path, out, steps=2)
@@ -494,7 +495,7 @@ def test_the_command_measures_beside_a_yardstick(small, tmp_path):
 
 
 def test_export_replaces_models_only(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(package, "PARITY_LENGTHS", ())
+    monkeypatch.setattr(judge, "PARITY_LENGTHS", ())
     (tmp_path / "model").mkdir()
     for name in ("export.json", "notes.txt", "eval_test.json", "model.qdq.onnx"):
         (tmp_path / "model" / name).touch()
@@ -502,7 +503,7 @@ def test_export_replaces_models_only(small, tmp_path, monkeypatch):
         export_student(small, tmp_path / "model")
     (tmp_path / "model" / "notes.txt").unlink()
     lines = []
-    export_student(small, tmp_path / "model", progress=lines.append)
+    export_student(small, tmp_path / "model", message=lines.append)
     assert f"{tmp_path / 'model'} is replaced; no longer there: eval_test.json, model.qdq.onnx" in lines
     assert not (tmp_path / "model" / "model.qdq.onnx").exists()
     (tmp_path / "thesis").mkdir()
@@ -607,7 +608,7 @@ def test_every_student_trains_and_leaves(name, bank, views, tmp_path, monkeypatc
     label.label(bank, views, teachers.load("acoustic"), tmp_path / "labels")
     known = labels.read(tmp_path / "labels", views)
     settings = ["steps=1", "batch_size=4", "eval_every=1", *(f"fields.{key}={value}" for key, value in EVERY[name].items())]
-    monkeypatch.setattr(package, "PARITY_LENGTHS", (31_991, 80_000))
+    monkeypatch.setattr(judge, "PARITY_LENGTHS", (31_991, 80_000))
     train.train(config.load(name, settings), bank, views, known, tmp_path / "run")
     waves = bank.excerpts("train", 8, 2.0)
     # after one step the outputs hardly depend on the input, so a CCC says nothing yet

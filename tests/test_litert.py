@@ -145,12 +145,12 @@ def test_plain_interpreter_reads_it(tiny, tmp_path):
 
 def test_same_content_twice(tiny):
     network, facts = litert.read(tiny)
-    assert export._described(network, {key: value for key, value in facts.items() if key != litert.CHECKSUM}) == tiny
+    assert export._describe(network, {key: value for key, value in facts.items() if key != litert.CHECKSUM}) == tiny
 
 
 def test_int8(exported, waves):
     _, content = exported
-    small = export.quantized(content, {**FACTS, "kind": "int8"})
+    small = export.quantize_weights(content, {**FACTS, "kind": "int8"})
     session, other = litert.Session(content), litert.Session(small)
     assert other.get_modelmeta().custom_metadata_map["kind"] == "int8"
     if len(content) > 200_000:  # the other one is mostly Fourier kernels, and its trunk's are below LEAST_WEIGHTS

@@ -324,7 +324,7 @@ def test_how_it_runs_is_not_what_it_is(name, tmp_path):
         "dimensions": ["a", "b", "c"],
         "teacher": {"name": "none", "licence": "none", "fingerprint": "0" * 16, "stand_in": False},
     }
-    checkpoint.save_student(tmp_path, name, {**fields, "form": "bands", "dtype": "bfloat16", "axis_name": "i"}, given, about)
+    checkpoint.save_student(tmp_path, name, {**fields, "form": "blocks", "dtype": "bfloat16", "axis_name": "i"}, given, about)
     loaded, variables, config = checkpoint.load_student(tmp_path)
     assert config["fields"] == fields
     assert loaded == plain
@@ -539,8 +539,8 @@ def test_counts_follow_the_fields():
         ("wav2small", {"channels": "13"}, "channels is '13'; expected a whole number"),
         ("wav2small", {"pooling": "max"}, "pooling is 'max'; expected one of attention, mean, statistics"),
         ("wav2small_17k", {"pooling": "mean"}, "no field pooling"),
-        ("wav2small", {"form": "block"}, "form is 'block'; expected one of auto, direct, blocks, bands"),
-        ("mobilenet_v4_s", {"form": "bands"}, "no field form"),
+        ("wav2small", {"form": "block"}, "form is 'block'; expected one of auto, direct, blocks, native"),
+        ("mobilenet_v4_s", {"form": "blocks"}, "no field form"),
         ("cnn14", {"dtype": "float16"}, "dtype is 'float16'; expected one of float32, bfloat16"),
     ],
 )
@@ -598,7 +598,7 @@ def mobilenet_macs(architecture: mobilenet.Architecture, frames: int, mel: int) 
     convolve(architecture.stem.kernel, architecture.stem.stride, channels, architecture.stem.channels)
     channels = architecture.stem.channels
     for row in (row for stage in architecture.stages for row in stage):
-        wide = mobilenet.rounded(channels * getattr(row, "expansion", 1))
+        wide = mobilenet.round_channels(channels * getattr(row, "expansion", 1))
         if isinstance(row, mobilenet.Conv):
             convolve(row.kernel, row.stride, channels, row.channels)
             channels = row.channels
@@ -617,7 +617,7 @@ def mobilenet_macs(architecture: mobilenet.Architecture, frames: int, mel: int) 
             if row.middle:
                 convolve(row.middle, row.stride, 1, wide)
         if getattr(row, "squeeze", False):
-            total += 2 * wide * mobilenet.rounded(wide / 4)
+            total += 2 * wide * mobilenet.round_channels(wide / 4)
         convolve(1, 1, wide, row.channels)
         channels = row.channels
     return total + 2 * frames * mel * channels * channels + channels * 3  # attention pooling, and the output

@@ -127,7 +127,7 @@ EIGHT = ["reduce", "expand", "project", "inner", "back", "last", "value", "score
 
 def test_what_is_quantised(model, waves):
     # not the front end, the first convolution, and the depthwise one on a hard-swish; the other depthwise one follows a Conv
-    chosen = quantize._eight_bit_nodes(model)
+    chosen = quantize._find_nodes(model)
     assert [name.removeprefix("Conv:") for name in chosen if name.startswith("Conv:")] == EIGHT
     int8, _ = quantize.quantize(model, waves[:8])
     weights = {constant.name: constant for constant in int8.graph.initializer}
@@ -136,8 +136,8 @@ def test_what_is_quantised(model, waves):
 
 
 def test_ranges(model, waves):
-    chosen = quantize._eight_bit_nodes(model)
-    ranges = quantize._ranges(model, chosen, waves[:8], (1.0,))[1.0]
+    chosen = quantize._find_nodes(model)
+    ranges = quantize._measure_ranges(model, chosen, waves[:8], (1.0,))[1.0]
     heard = {}
     for name in ranges:
         found = np.concatenate([value.ravel() for value in values(model, name, waves[:8])])
@@ -151,7 +151,7 @@ def test_ranges(model, waves):
 
 def test_what_is_cut_off_was_not_seen(model, waves):
     """Clipping a tensor to its limits changes no output."""
-    limits = quantize._limits(model)
+    limits = quantize._find_limits(model)
     assert set(limits) == {"stem", "expand", "inner"}
     clipped = changed(model)
     for name, (low, high) in limits.items():
@@ -169,9 +169,9 @@ def test_a_depthwise_convolution_with_uneven_channels(model, waves, monkeypatch)
     factors = np.ones((8, 1, 1, 1))
     factors[0] = 50
     uneven = changed(model, stem=factors, floating=1 / factors)
-    chosen = quantize._eight_bit_nodes(uneven)
+    chosen = quantize._find_nodes(uneven)
     assert worst(quantize.quantize(uneven, waves[::2])[0], uneven, waves[1::2]) > 0.98
-    monkeypatch.setattr(quantize, "_eight_bit_nodes", lambda model: [*chosen, "Conv:floating"])
+    monkeypatch.setattr(quantize, "_find_nodes", lambda model: [*chosen, "Conv:floating"])
     assert worst(quantize.quantize(uneven, waves[::2])[0], uneven, waves[1::2]) < 0.9
 
 
@@ -183,9 +183,9 @@ def test_what_must_stay_in_float(model, waves, monkeypatch, stage):
         more = ["Conv:spectrum", "Conv:mel"]
     else:
         more = names[names.index("ReduceMax:top") : names.index("Gemm:logits")]
-    chosen = quantize._eight_bit_nodes(model)
+    chosen = quantize._find_nodes(model)
     assert worst(quantize.quantize(model, waves[::2])[0], model, waves[1::2]) > 0.98
-    monkeypatch.setattr(quantize, "_eight_bit_nodes", lambda model: chosen + more)
+    monkeypatch.setattr(quantize, "_find_nodes", lambda model: chosen + more)
     spoilt, choice = quantize.quantize(model, waves[::2])
     assert worst(spoilt, model, waves[1::2]) < LEAST
     assert max(choice["candidates"].values()) < LEAST  # the calibration waves tell as well

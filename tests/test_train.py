@@ -29,7 +29,7 @@ from w2s_jax import labels as store
 from w2s_jax import train as training
 from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.evaluate import evaluate, predict_views
-from w2s_jax.export import package
+from w2s_jax.export.card import collect_facts, compose_card
 from w2s_jax.files import fingerprint
 from w2s_jax.label import label
 from w2s_jax.losses import ccc, distillation_loss
@@ -614,10 +614,10 @@ def test_the_model_card_names_what_a_student_started_from(run):
         "licence": "CC BY-NC-SA 4.0",
     }
     about["teacher"]["licence"] = "MIT"
-    facts = package._facts(student, about)
+    facts = collect_facts(student, about)
     assert facts["pretrained"] == f"student b of teacher c (a, fingerprint {'0' * 16})"
     assert facts["licence"] == "MIT (teacher); CC BY-NC-SA 4.0 (weights that it started from)"
-    card = package._card("model", facts, about, {"kinds": {}, "failed": {}})
+    card = compose_card("model", facts, about, {"kinds": {}, "failed": {}})
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["license_name"]) == ("other", facts["licence"])
     assert "\n- Started from: student b of teacher c (a, " in card

@@ -9,5 +9,8 @@ __version__ = "0.1.0"
 #: What an emotion model puts out, in this order, everywhere.
 DIMENSIONS = ("arousal", "dominance", "valence")
 
-#: Every network here hears 16 kHz mono.
+#: Every network here takes 16 kHz mono.
 SAMPLING_RATE = 16_000
+
+#: Added to the variance where an utterance is normalised, so that silence stays zero.
+NORM_EPSILON = 1e-7

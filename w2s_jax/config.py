@@ -27,7 +27,7 @@ def default(student: str = "wav2small") -> ConfigDict:
             "batch_size": 16,  # views in a step, those of all devices together
             "accumulate": 1,  # parts of a batch that are heard one after the other where memory is short
             "dtype": "float32",  # "bfloat16": of the student's arithmetic; weights, moments and log-mel stay float32
-            "form": "auto",  # of Wav2Small's convolutions: native, direct, blocks or bands; auto: the backend's best
+            "form": "auto",  # of Wav2Small's convolutions: native, direct or blocks; auto: the backend's best
             "steps": 2000,
             "learning_rate": 3e-3,  # peak, after a linear warm-up, before a cosine decay to 0
             "warmup": 0.05,  # share of the steps

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint
+from w2s_jax import DIMENSIONS, checkpoint, models
 from w2s_jax.checkpoint import check_arrays, differences, refuse, unwrapped
 from w2s_jax.devices import computing
 from w2s_jax.errors import MismatchError, UsageError, W2SError
@@ -213,7 +213,7 @@ def wav2small_17k(arrays: dict[str, np.ndarray]) -> dict:
         MismatchError: lists every missing, unexpected, mis-shaped or non-finite tensor.
     """
     module = Wav2Small17K()
-    shapes = flatten_dict(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE))))
+    shapes = flatten_dict(models.shapes(module))
     expected = {name: _KINDS[kind][1](np.empty(shapes[path].shape)).shape for name, path, kind in _layout_17k()}
     known = {name: np.asarray(array) for name, array in arrays.items() if not _not_weights(name)}
     check_arrays(known, expected, "these arrays against the published Wav2Small 17K")
@@ -241,7 +241,7 @@ def start(name: str, student: nn.Module, dimensions: Sequence[str], path: str | 
             order; it then speaks in the units that it was trained in, as the weights do.
         path: a student directory or a run of the same student, with the same fields but ``dimensions``: all is taken. Or a
             safetensors file: for a MobileNet timm's of the same table and width, of which the trunk is taken (weights for
-            colour images hear the log-mel image in all three channels); for ``wav2small_17k`` the published one, all of it.
+            colour images take the log-mel image in all three channels); for ``wav2small_17k`` the published one, all of it.
 
     Returns:
         What replaces entries of the student's variables, ``{"params": {"trunk": …}, …}``, float32; and where it is from, for

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from w2s_jax.errors import UsageError
+from w2s_jax.kinds import INTEGER_KINDS
 
-#: Kinds that multiply unsigned 8-bit activations by signed weights, in onnxruntime and in other engines.
-INTEGER_KINDS = ("int8", "qdq", "int8-int4")
 #: The key of a file's metadata with the processors on which it is right, if not on all; and its value for 8-bit weights.
 NEEDS = "needs"
 EXACT_SUMS = "ARM, or x86 with VNNI"

@@ -17,7 +17,7 @@ LEAST_VALUES = 256
 HALF_LIMIT = 65_504
 
 
-class Pieces:
+class GraphBuilder:
     """Nodes and constants of a graph in the making."""
 
     def __init__(self, prefix: str = ""):
@@ -27,7 +27,7 @@ class Pieces:
         self._known: dict[tuple, str] = {}
 
     def constant(self, value: np.ndarray) -> str:
-        """The name of a constant; equal ones are kept once."""
+        """The name of a constant; equal ones are stored once."""
         from onnx import numpy_helper
 
         value = np.asarray(value, order="C")
@@ -50,14 +50,14 @@ class Pieces:
     def reshape(self, x: str, *shape: int) -> str:
         return self.node("Reshape", x, np.array(shape))
 
-    def padded(self, x: str, before: Iterable[int], after: Iterable[int]) -> str:
+    def pad(self, x: str, before: Iterable[int], after: Iterable[int]) -> str:
         """Zeros before and after ``x`` along each axis."""
         pads = np.array([*before, *after])
         return self.node("Pad", x, pads) if pads.any() else x
 
 
 def fourier_values(n_fft: int) -> np.ndarray:
-    """What ``fourier`` computes, [n_fft, n_fft]: Hann-windowed cosines of all bins, sines of all but the first and last."""
+    """Values of ``make_fourier_kernels`` [n_fft, n_fft]: Hann-windowed cosines of all bins, sines but of the first and last."""
     place = np.arange(n_fft)
     table = np.cos(2 * np.pi * place / n_fft).astype(np.float32)
     index = np.arange(n_fft // 2 + 1)[:, None] * place % n_fft
@@ -65,47 +65,47 @@ def fourier_values(n_fft: int) -> np.ndarray:
     return table[np.concatenate([index, sines])] * (np.float32(0.5) - np.float32(0.5) * table)
 
 
-def fourier(pieces: Pieces, n_fft: int) -> str:
+def make_fourier_kernels(builder: GraphBuilder, n_fft: int) -> str:
     """The Fourier kernels [n_fft, n_fft], n_fft a multiple of 4, from one period of a cosine."""
     table = np.cos(2 * np.pi * np.arange(n_fft) / n_fft).astype(np.float32)
 
     def count(first: int, end: int) -> str:
-        return pieces.node("Range", *(np.array(number) for number in (first, end, 1)))
+        return builder.node("Range", *(np.array(number) for number in (first, end, 1)))
 
     def wrapped(index: str) -> str:
-        return pieces.node("Mod", index, np.array(n_fft))
+        return builder.node("Mod", index, np.array(n_fft))
 
     place = count(0, n_fft)
-    cosines = wrapped(pieces.node("Mul", pieces.reshape(count(0, n_fft // 2 + 1), -1, 1), place))
-    sines = wrapped(pieces.node("Mul", pieces.reshape(count(1, n_fft // 2), -1, 1), place))
-    sines = wrapped(pieces.node("Add", sines, np.array(n_fft // 4)))
-    table = pieces.constant(table)
+    cosines = wrapped(builder.node("Mul", builder.reshape(count(0, n_fft // 2 + 1), -1, 1), place))
+    sines = wrapped(builder.node("Mul", builder.reshape(count(1, n_fft // 2), -1, 1), place))
+    sines = wrapped(builder.node("Add", sines, np.array(n_fft // 4)))
+    table = builder.constant(table)
     half = np.array(0.5, np.float32)
-    window = pieces.node("Sub", half, pieces.node("Mul", table, half))
-    return pieces.node("Mul", pieces.node("Gather", table, pieces.node("Concat", cosines, sines, axis=0)), window)
+    window = builder.node("Sub", half, builder.node("Mul", table, half))
+    return builder.node("Mul", builder.node("Gather", table, builder.node("Concat", cosines, sines, axis=0)), window)
 
 
-def scattered(pieces: Pieces, value: np.ndarray) -> str:
+def scatter(builder: GraphBuilder, value: np.ndarray) -> str:
     """An array that is mostly zeros, from its other values; flat."""
     places = np.flatnonzero(value)
     places = places.astype(np.uint16 if value.size <= 65_536 else np.int32)
-    places = pieces.node("Cast", places, to=7)  # 7 is int64
-    zeros = pieces.node("ConstantOfShape", np.array([value.size]))
-    return pieces.node("ScatterElements", zeros, places, value.ravel()[np.flatnonzero(value)].astype(np.float32), axis=0)
+    places = builder.node("Cast", places, to=7)  # 7 is int64
+    zeros = builder.node("ConstantOfShape", np.array([value.size]))
+    return builder.node("ScatterElements", zeros, places, value.ravel()[np.flatnonzero(value)].astype(np.float32), axis=0)
 
 
-def unpacked(pieces: Pieces, values: np.ndarray) -> str:
+def unpack(builder: GraphBuilder, values: np.ndarray) -> str:
     """Whole numbers from -8 to 7 as int8, flat; two are stored in a byte."""
     flat = values.ravel().astype(np.uint8) + np.uint8(8)  # wraps to 0..15
     first, second = np.pad(flat, (0, flat.size % 2)).reshape(2, -1)
-    both = pieces.node("Cast", first + np.uint8(16) * second, to=6)  # 6 is int32
+    both = builder.node("Cast", first + np.uint8(16) * second, to=6)  # 6 is int32
     sixteen = np.array(16, np.int32)
-    nibbles = (pieces.node(op_type, both, sixteen) for op_type in ("Mod", "Div"))
-    numbers = pieces.node("Slice", pieces.node("Concat", *nibbles, axis=0), np.array([0]), np.array([flat.size]))
-    return pieces.node("Cast", pieces.node("Sub", numbers, np.array(8, np.int32)), to=3)
+    nibbles = (builder.node(op_type, both, sixteen) for op_type in ("Mod", "Div"))
+    numbers = builder.node("Slice", builder.node("Concat", *nibbles, axis=0), np.array([0]), np.array([flat.size]))
+    return builder.node("Cast", builder.node("Sub", numbers, np.array(8, np.int32)), to=3)
 
 
-def rounded(values: np.ndarray, axis: int, largest: int = 127) -> tuple[np.ndarray, np.ndarray]:
+def round_to_integers(values: np.ndarray, axis: int, largest: int = 127) -> tuple[np.ndarray, np.ndarray]:
     """Signed whole numbers and their scales, symmetric per slice of an axis: ``values ≈ numbers * scales``."""
     others = tuple(other for other in range(values.ndim) if other != axis % values.ndim)
     scales = np.abs(values).max(axis=others, keepdims=True) / largest
@@ -124,7 +124,7 @@ def compact(model, weights: str = "fp32") -> None:
     from onnx import TensorProto, numpy_helper
 
     outputs = _output_axes(model)
-    pieces, kept = Pieces("w"), []
+    builder, kept = GraphBuilder("w"), []
     for constant in model.graph.initializer:
         if constant.data_type != TensorProto.FLOAT or np.prod(constant.dims) < LEAST_VALUES:
             kept.append(constant)
@@ -132,28 +132,28 @@ def compact(model, weights: str = "fp32") -> None:
         value = numpy_helper.to_array(constant)
         n_fft = value.shape[-1]
         if value.size == n_fft**2 and n_fft % 4 == 0 and _close(value.reshape(n_fft, n_fft), fourier_values(n_fft)):
-            made = fourier(pieces, n_fft)
+            made = make_fourier_kernels(builder, n_fft)
         elif np.count_nonzero(value) < value.size / 4:
-            made = scattered(pieces, value)
+            made = scatter(builder, value)
         else:
             core = value[tuple(slice(0, _used(value, axis)) for axis in range(value.ndim))]
             if weights == "int8" and constant.name in outputs:
-                numbers, scales = rounded(core, outputs[constant.name])
-                made = pieces.node("Mul", pieces.node("Cast", numbers, to=1), scales)  # 1 is float32
+                numbers, scales = round_to_integers(core, outputs[constant.name])
+                made = builder.node("Mul", builder.node("Cast", numbers, to=1), scales)  # 1 is float32
             elif weights == "fp16" and np.abs(core).max() < HALF_LIMIT:
-                made = pieces.node("Cast", core.astype(np.float16), to=1)
+                made = builder.node("Cast", core.astype(np.float16), to=1)
             elif core.size < value.size:
-                made = pieces.constant(core)
+                made = builder.constant(core)
             else:
                 kept.append(constant)
                 continue
-            made = pieces.padded(made, [0] * value.ndim, np.subtract(value.shape, core.shape))
-        pieces.node("Reshape", made, np.array(value.shape), output=constant.name)
+            made = builder.pad(made, [0] * value.ndim, np.subtract(value.shape, core.shape))
+        builder.node("Reshape", made, np.array(value.shape), output=constant.name)
     del model.graph.initializer[:]
-    model.graph.initializer.extend([*kept, *pieces.constants])
+    model.graph.initializer.extend([*kept, *builder.constants])
     nodes = list(model.graph.node)
     del model.graph.node[:]
-    model.graph.node.extend([*pieces.nodes, *nodes])
+    model.graph.node.extend([*builder.nodes, *nodes])
 
 
 def _used(value: np.ndarray, axis: int) -> int:

@@ -39,7 +39,7 @@ def convert(forward: Callable, weights, outputs: int, minimum_samples: int, fact
     Raises:
         W2SError: the function needs an operator that TensorFlow Lite does not have, or has other outputs.
     """
-    with quiet(), _silent():
+    with quiet(), _silence_stderr():
         import tensorflow as tf
 
         graph, leaves = as_tensorflow(forward, weights, minimum_samples)
@@ -58,10 +58,10 @@ def convert(forward: Callable, weights, outputs: int, minimum_samples: int, fact
             network = tf.lite.TFLiteConverter.from_concrete_functions([function], function).convert()
         except Exception as error:  # of several classes, with the whole graph as text
             raise W2SError(f"TensorFlow Lite cannot hold this function: {' '.join(str(error).split())[:300]}") from error
-    return _described(network, facts)
+    return _describe(network, facts)
 
 
-def quantized(content: bytes, facts: dict[str, str]) -> bytes:
+def quantize_weights(content: bytes, facts: dict[str, str]) -> bytes:
     """A float32 .tflite file with int8 weights per output channel in the convolutions behind the logarithm.
 
     The interpreter measures the range of each image at run time and quantises it too ("hybrid" convolutions), so no
@@ -97,7 +97,7 @@ def quantized(content: bytes, facts: dict[str, str]) -> bytes:
         kernel.quantization.quantizedDimension = 0
         rounded = np.round(values / scale[:, None, None, None]).astype(np.int8)
         model.buffers[kernel.buffer].data = np.frombuffer(rounded.tobytes(), np.uint8)
-    return _described(bytes(flatbuffer_utils.convert_object_to_bytearray(model)), facts)
+    return _describe(bytes(flatbuffer_utils.convert_object_to_bytearray(model)), facts)
 
 
 def _settle_shapes(function, lengths: tuple[int, int]):
@@ -123,7 +123,7 @@ def _settle_shapes(function, lengths: tuple[int, int]):
     return definition
 
 
-def _described(network: bytes, facts: dict[str, str]) -> bytes:
+def _describe(network: bytes, facts: dict[str, str]) -> bytes:
     """The network with its facts behind it; the same content for the same arguments."""
     file = io.BytesIO(network)
     with zipfile.ZipFile(file, "a") as archive:  # ZipInfo's own date is a constant
@@ -132,7 +132,7 @@ def _described(network: bytes, facts: dict[str, str]) -> bytes:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def _silence_stderr() -> Iterator[None]:
     """Keep what the converter's C++ writes off the terminal, which no log level stops; what failed comes as an exception."""
     sys.stderr.flush()
     kept = os.dup(2)

@@ -14,10 +14,8 @@ import numpy as np
 
 from w2s_jax.errors import UsageError, W2SError, missing_extra
 from w2s_jax.install import pip_install
-from w2s_jax.runtime.predictor import open_session
+from w2s_jax.runtime.predictor import LOGITS, SIGNAL, open_session
 
-#: Names of the only input and output.
-SIGNAL, LOGITS = "signal", "logits"
 OPSET = 17
 #: What a graph pass may change in an output, as a share of the largest output if that is above 1. Reordered float32 sums
 #: differ by less, a wrong rewrite by much more.
@@ -228,7 +226,7 @@ def settle_shapes(model, more: dict[str, np.ndarray]) -> None:
 def join_reshapes(model) -> None:
     """Reshape of a Reshape → the last one alone."""
     constants = _constants(model)
-    producers = {output: node for node in model.graph.node for output in node.output}
+    producers = find_producers(model)
     for node in model.graph.node:
         while node.op_type == "Reshape" and node.input[1] in constants and constants[node.input[1]].all():  # 0 copies a size
             before = producers.get(node.input[0])
@@ -282,7 +280,7 @@ def _after_conv(model, op_type: str) -> Iterator[tuple]:
     It comes with that constant; the reading node is gone by then, its output the convolution's.
     """
     constants = _constants(model)
-    producers = {output: node for node in model.graph.node for output in node.output}
+    producers = find_producers(model)
     uses = _uses(model)
     for node in list(model.graph.node):
         if node.op_type != op_type:
@@ -303,7 +301,7 @@ def padding_into_pool(model) -> None:
     import onnx
 
     constants = _constants(model)
-    producers = {output: node for node in model.graph.node for output in node.output}
+    producers = find_producers(model)
     for node in model.graph.node:
         pad = producers.get(node.input[0]) if node.op_type == "MaxPool" else None
         before = producers.get(pad.input[0]) if pad is not None and pad.op_type == "Pad" else None
@@ -323,7 +321,7 @@ def hard_sigmoid(model) -> None:
     import onnx
 
     constants = _constants(model)
-    producers = {output: node for node in model.graph.node for output in node.output}
+    producers = find_producers(model)
 
     def before(node, op_type: str, value: float):
         """The operand of a node of that type whose other operand is the constant ``value``."""
@@ -347,7 +345,7 @@ def hard_sigmoid(model) -> None:
 def average_pool(model) -> None:
     """The sum of an image over its places, divided by their counted number → GlobalAveragePool."""
     constants = _constants(model)
-    producers = {output: node for node in model.graph.node for output in node.output}
+    producers = find_producers(model)
 
     def summed(name: str) -> str | None:
         """What a Reshape(ReduceSum(·, mel and time)) adds up."""
@@ -419,6 +417,11 @@ def _trace(
     noise = np.random.default_rng(0).normal(size=max(lengths)).astype(np.float32)
     runs = [dict(zip(names, one.run(names, {SIGNAL: noise[None, :length], **more}), strict=True)) for length in lengths]
     return {name: [values[name] for values in runs] for name in names} | {SIGNAL: [noise[None, :n] for n in lengths]}
+
+
+def find_producers(model) -> dict:
+    """The node that each tensor is an output of."""
+    return {output: node for node in model.graph.node for output in node.output}
 
 
 def _constants(model) -> dict[str, np.ndarray]:

@@ -10,21 +10,21 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from w2s_jax.errors import W2SError
-from w2s_jax.export.onnx import SIGNAL, add_to_output_bias, drop_dead, run, session
+from w2s_jax.export.onnx import SIGNAL, add_to_output_bias, drop_dead, find_producers, run, session
 from w2s_jax.metrics import ccc
 
 #: Shares of a tensor's values that its range covers, candidates. A student whose pooling looks at rare peaks needs all of them,
 #: one with stray peaks is better off with finer steps; which of both it is, is measured. 0.999 cut off what trained MobileNets
 #: look at (experiments/README.md).
 COVERAGE = (1.0, 0.9999)
-#: What the scores of a softmax get above the highest that was heard, as a share of their range.
+#: What the scores of a softmax get above the highest of the calibration audio, as a share of their range.
 HEADROOM = 0.25
 
 
 def quantize(
     model,
     waves: Sequence[np.ndarray],
-    progress: Callable[[str], object] | None = None,
+    message: Callable[[str], object] | None = None,
     coverages: Sequence[float] = COVERAGE,
     largest: int = 63,
 ):
@@ -39,14 +39,14 @@ def quantize(
     experiments/README.md).
 
     Ranges follow what the next operator makes of a value: a hard sigmoid and a hard-swish see no difference beyond their kinks,
-    so ranges end there; the softmax lives by its highest scores, so these get room for clips with higher ones than were heard.
+    so ranges end there; the softmax lives by its highest scores, so these get room for clips with higher ones.
 
     Args:
         model: an fp32 ModelProto as ``onnx.simplify`` leaves it.
-        waves: float32 [T] each, real audio of the kind that the model will hear; lengths may differ.
-        progress: called with a line of text now and then.
+        waves: float32 [T] each, real audio like that which the model is for; lengths may differ.
+        message: called with a line of text now and then.
         coverages: the candidates.
-        largest: whole number of a weight, 63 or 127 (see ``direct.integer``).
+        largest: whole number of a weight, 63 or 127 (see ``direct.build_int8``).
 
     Returns:
         The QDQ model, and a dict: ``coverage`` (the chosen one), ``candidates`` (coverage → worst CCC on ``waves``).
@@ -54,20 +54,20 @@ def quantize(
     Raises:
         W2SError: the graph has no convolution behind a logarithm.
     """
-    chosen = _eight_bit_nodes(model)
+    chosen = _find_nodes(model)
     if not chosen:
         raise W2SError("cannot quantise: the graph has no convolutions behind its log-mel front end")
-    ranges = _ranges(model, chosen, waves, coverages)
-    return best_coverage(
-        lambda coverage: _quantized(model, chosen, ranges[coverage], largest), model, waves, progress, coverages
+    ranges = _measure_ranges(model, chosen, waves, coverages)
+    return choose_coverage(
+        lambda coverage: _insert_qdq(model, chosen, ranges[coverage], largest), model, waves, message, coverages
     )  # fmt: skip
 
 
-def best_coverage(
+def choose_coverage(
     make: Callable,
     fp32,
     waves: Sequence[np.ndarray],
-    progress: Callable[[str], object] | None,
+    message: Callable[[str], object] | None,
     coverages: Sequence[float],
 ) -> tuple:
     """Of the models that ``make`` builds, one for each coverage, that with the best CCC with ``fp32``, worst dimension, on
@@ -84,14 +84,14 @@ def best_coverage(
         shift = (reference - outputs).mean(axis=0)
         add_to_output_bias(candidate, shift)
         results[str(coverage)] = score = float(ccc(outputs + shift, reference).min())
-        if progress:
-            progress(f"ranges over {coverage:.2%} of the values give CCC {score:.5f} against fp32")
+        if message:
+            message(f"ranges over {coverage:.2%} of the values give CCC {score:.5f} against fp32")
         if best is None or score > results[str(best[0])]:
             best = coverage, candidate
     return best[1], {"coverage": best[0], "candidates": results}
 
 
-def _eight_bit_nodes(model) -> list[str]:
+def _find_nodes(model) -> list[str]:
     """Names of the Conv nodes to quantise, and of the Relu and MaxPool nodes between them."""
     shapes = {constant.name: constant.dims for constant in model.graph.initializer}
     eight = ("Conv", "Relu", "MaxPool")
@@ -109,7 +109,7 @@ def _eight_bit_nodes(model) -> list[str]:
     return [] if first else chosen
 
 
-def _ranges(
+def _measure_ranges(
     model, chosen: Sequence[str], waves: Sequence[np.ndarray], coverages: Sequence[float]
 ) -> dict[float, dict[str, tuple[float, float]]]:
     """For each coverage, tensor → (low, high): the widest over all waves of the range that covers that share of a wave."""
@@ -123,10 +123,10 @@ def _ranges(
     ranges = {coverage: dict.fromkeys(names, (0.0, 0.0)) for coverage in coverages}  # zero padding must be exact: 0 is inside
     for wave in waves:
         for name, values in zip(names, one.run(names, {SIGNAL: wave[None]}), strict=True):
-            for coverage, (low, high) in covered(values.ravel(), coverages).items():
+            for coverage, (low, high) in cover(values.ravel(), coverages).items():
                 known = ranges[coverage][name]
                 ranges[coverage][name] = min(known[0], low), max(known[1], high)
-    limits, scores = _limits(model), _scores(model)
+    limits, scores = _find_limits(model), _find_scores(model)
     for coverage in coverages:
         for name, (low, high) in ranges[coverage].items():
             least, most = limits.get(name, (-np.inf, np.inf))
@@ -135,7 +135,7 @@ def _ranges(
     return ranges
 
 
-def _limits(model) -> dict[str, tuple[float, float]]:
+def _find_limits(model) -> dict[str, tuple[float, float]]:
     """For what a hard sigmoid reads, the part that it tells apart; without an upper end if a hard-swish reads it."""
     limits = {}
     for gate in model.graph.node:
@@ -148,9 +148,9 @@ def _limits(model) -> dict[str, tuple[float, float]]:
     return limits
 
 
-def _scores(model) -> set[str]:
+def _find_scores(model) -> set[str]:
     """The outputs of convolutions that a softmax, written out as exp(x - max), compares."""
-    producers = {output: node for node in model.graph.node for output in node.output}
+    producers = find_producers(model)
     scores = set()
     for node in model.graph.node:
         if node.op_type == "Exp":
@@ -161,7 +161,7 @@ def _scores(model) -> set[str]:
     return scores
 
 
-def covered(values: np.ndarray, coverages: Sequence[float]) -> dict[float, tuple[float, float]]:
+def cover(values: np.ndarray, coverages: Sequence[float]) -> dict[float, tuple[float, float]]:
     """For each coverage, lowest and highest of the values but a share ``1 - coverage``, taken from the outer end or ends."""
     signed = bool(values.min() < 0)  # after a Relu there is nothing to cut below
     cuts = {coverage: int((1 - coverage) * values.size / (2 if signed else 1)) for coverage in coverages}
@@ -171,7 +171,7 @@ def covered(values: np.ndarray, coverages: Sequence[float]) -> dict[float, tuple
     return {coverage: (float(ends[lows[coverage]]), float(ends[highs[coverage]])) for coverage in coverages}
 
 
-def _quantized(model, chosen: Sequence[str], ranges: dict[str, tuple[float, float]], largest: int):
+def _insert_qdq(model, chosen: Sequence[str], ranges: dict[str, tuple[float, float]], largest: int):
     from onnxruntime.quantization import CalibrationMethod, QuantType
     from onnxruntime.quantization.calibrate import TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer

@@ -19,15 +19,8 @@ from w2s_jax.errors import UsageError
 from w2s_jax.models.cnn14 import CNN14
 from w2s_jax.models.forms import RUNNING  # noqa: F401 (part of the API)
 from w2s_jax.models.frontend import PRESETS  # noqa: F401 (part of the API)
-from w2s_jax.models.mobilenet import (
-    Convolution,
-    MobileNetV3L,
-    MobileNetV3S,
-    MobileNetV4L,
-    MobileNetV4M,
-    MobileNetV4S,
-    convolution,
-)
+from w2s_jax.models.mobilenet import MobileNetV3L, MobileNetV3S, MobileNetV4L, MobileNetV4M, MobileNetV4S
+from w2s_jax.models.plan import Plan
 from w2s_jax.models.wav2small import Wav2Small, Wav2Small17K
 from w2s_jax.names import line
 
@@ -91,22 +84,38 @@ def _check_field(what: str, kind: str, value: object, limits: tuple | None) -> N
 
 
 @computing()
+def shapes(student: nn.Module) -> dict:
+    """A student's variables with shapes in the place of arrays; nothing is computed."""
+    return jax.eval_shape(student.init, jax.random.key(0), jax.ShapeDtypeStruct((1, SAMPLING_RATE), jnp.float32))
+
+
+@computing()
 def count(student: nn.Module) -> dict[str, int]:
     """Parameters of a student, ``trained`` and ``fixed`` (the front end), without computing anything."""
-    shapes = jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE)))
-    sizes = {part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
+    sizes = {part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for part, tree in shapes(student).items()}
     return {"trained": sizes["params"], "fixed": sizes["frontend"]}
 
 
 @computing()
+def outline(student: nn.Module) -> Plan:
+    """The plan of a student with shapes in the place of weights; nothing is computed.
+
+    Raises:
+        UsageError: the student has no method ``fold``.
+    """
+    if not hasattr(student, "fold"):
+        raise UsageError(f"{type(student).__name__} has no method fold, which makes its plan (see w2s_jax.models.plan)")
+    return jax.eval_shape(student.fold, shapes(student))
+
+
 def macs(student: nn.Module, samples: int = 5 * SAMPLING_RATE) -> int:
-    """Multiply-accumulates of one utterance in inference, counted from the traced network; nothing is computed.
+    """Multiply-accumulates of one utterance in inference; nothing is computed.
 
     Convolutions (zeros of the padding included) and matrix products are counted; sums, BatchNorm and activations are not.
 
     Args:
         student: from ``build``.
-        samples: length of the utterance; 5 s unless told, the paper's measure.
+        samples: length of the utterance; by default 5 s, the paper's measure.
 
     Raises:
         UsageError: the utterance is too short for the student.
@@ -117,34 +126,4 @@ def macs(student: nn.Module, samples: int = 5 * SAMPLING_RATE) -> int:
     """
     if samples < student.minimum_samples:
         raise UsageError(f"samples is {samples}; {type(student).__name__} needs at least {student.minimum_samples}")
-
-    def as_convolutions(call, args, kwargs, context):
-        # on a CPU a MobileNet computes them as sums of shifted products, which have no operator to be known by
-        if isinstance(context.module, Convolution):
-            return convolution(*args, context.module.get_variable("params", "kernel"), context.module.stride)
-        return call(*args, **kwargs)
-
-    if hasattr(student, "form"):
-        student = student.clone(form="direct")  # the others multiply zeros
-    wave = jax.ShapeDtypeStruct((1, samples), jnp.float32)
-    variables = jax.eval_shape(student.init, jax.random.key(0), wave)
-    with nn.intercept_methods(as_convolutions):
-        return _macs(jax.make_jaxpr(student.apply)(variables, wave).jaxpr)
-
-
-def _macs(jaxpr) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += equation.outvars[0].aval.size * math.prod(kernel) // channels
-        elif equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += equation.outvars[0].aval.size * math.prod(left[axis] for axis in contracted)
-        for inner in equation.params.values():  # jit, custom_jvp, custom_vjp: jaxprs, open or closed
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                total += _macs(inner) * (equation.params["length"] if equation.primitive.name == "scan" else 1)
-    return total
+    return outline(student).macs(samples)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from w2s_jax.models import plan
 from w2s_jax.models.forms import check_running
 from w2s_jax.models.frontend import LogMel, normalise
 from w2s_jax.models.norm import BatchNorm
+
+#: Convolutions by name, their channels as a multiple of the first ones', and whether an average pool follows.
+BLOCKS = [(f"{block + 1}_{layer}", 1 << block, layer == 2 and block < 5) for block in range(6) for layer in (1, 2)]
 
 
 class CNN14(nn.Module):
@@ -42,13 +48,26 @@ class CNN14(nn.Module):
         image = LogMel(self.n_fft, self.hop, self.n_mels, name="logmel")(normalise(wave))
         x = BatchNorm(axis_name=self.axis_name, name="norm")(image[:, :, None], train)  # per mel band
         x = x.swapaxes(2, 3).astype(self.dtype)
-        for block in range(6):
-            for layer in (1, 2):
-                channels, name = self.channels << block, f"{block + 1}_{layer}"
-                x = nn.Conv(channels, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name=f"conv{name}")(x)
-                x = BatchNorm(True, self.axis_name, name=f"norm{name}")(x, train)
-            if block < 5:
+        for name, widening, pool in BLOCKS:
+            channels = self.channels * widening
+            x = nn.Conv(channels, (3, 3), padding=1, use_bias=False, dtype=self.dtype, name=f"conv{name}")(x)
+            x = BatchNorm(True, self.axis_name, name=f"norm{name}")(x, train)
+            if pool:
                 x = nn.avg_pool(x, (2, 2), (2, 2))
         x = x.mean(axis=2, dtype=jnp.float32)
         x = x.max(axis=1) + x.mean(axis=1)
         return nn.Dense(self.dimensions, name="adv")(nn.relu(nn.Dense(x.shape[-1], name="dense")(x)))
+
+    @nn.nowrap
+    def fold(self, variables: Mapping) -> plan.Plan:
+        params, stats = variables["params"], variables["batch_stats"]
+        # per mel band, and the zeros of the padding come after it: the first convolution cannot take it over
+        scale, shift = plan.fold_batch_norm(params["norm"], stats["norm"])
+        layers = [*plan.fold_log_mel(self, variables), plan.Affine(scale * plan.DECIBEL, shift)]
+        for name, _, pool in BLOCKS:
+            norm = params[f"norm{name}"], stats[f"norm{name}"]
+            layers.append(plan.fold_convolution(params[f"conv{name}"]["kernel"], *norm, 1, "relu"))
+            layers += [plan.AveragePool()] if pool else []
+        dense, adv = params["dense"], params["adv"]
+        layers += [plan.PeakPooling(), plan.Dense(dense["kernel"], dense["bias"], "relu")]
+        return plan.Plan((*layers, plan.Dense(adv["kernel"], adv["bias"])), self.minimum_samples)

@@ -19,10 +19,10 @@ RUNNING = ("axis_name", "form", "dtype")
 #: What activations may be between layers. Parameters, front end, BatchNorm's sums, pooling over time and logits stay float32.
 DTYPES = ("float32", "bfloat16")
 #: What the field ``form`` of a Wav2Small may be.
-CHOICES = ("auto", "direct", "blocks", "bands", "native")
-#: What "auto" takes on each backend. cpu: measured (experiments/README.md). gpu, tpu: by arithmetic, not measured: on a GPU all
-#: forms are bound by memory traffic, while 13 channels fill a tenth of each side of a TPU's 128 × 128 matrix unit. Training on
-#: a CPU is ``trains_natively`` where it can be.
+CHOICES = ("auto", "direct", "blocks", "native")
+#: What "auto" takes on each backend. cpu: measured (experiments/README.md). gpu, tpu: by arithmetic, not measured: on a GPU
+#: both are bound by memory traffic, while 13 channels fill a tenth of each side of a TPU's 128 × 128 matrix unit. Training on a
+#: CPU is ``trains_natively`` where it can be.
 FORMS = {"cpu": "direct", "gpu": "direct", "tpu": "blocks"}
 #: Mel bins of a block. With 13 channels, 7 of them are the most whose 91 outputs fit a matrix unit of 128.
 BLOCK = 7
@@ -40,7 +40,7 @@ def check_running(module: nn.Module) -> None:
             raise UsageError(f"{field} is {value!r}; expected one of {', '.join(choices)}")
 
 
-def chosen(form: str) -> str:
+def resolve(form: str) -> str:
     """The form itself, or what "auto" means on this backend."""
     return FORMS.get(jax.default_backend(), "direct") if form == "auto" else form
 
@@ -83,8 +83,8 @@ class FormedConvolution(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-        form = chosen(self.form) if (self.kernel, self.stride) == (3, 1) else "direct"
-        return {"blocks": in_blocks, "bands": in_bands}.get(form, direct)(x, kernel, self.stride)
+        form = resolve(self.form) if (self.kernel, self.stride) == (3, 1) else "direct"
+        return convolve_in_blocks(x, kernel) if form == "blocks" else convolve(x, kernel, self.stride)
 
 
 class Dense(nn.Module):
@@ -108,13 +108,13 @@ class Dense(nn.Module):
         return y + bias if self.adds else y
 
 
-def direct(x: Array, kernel: Array, stride: int = 1) -> Array:
+def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
     """The convolution as XLA's own operator: [B, time, mel, C] with [k, k, C, channels]."""
     # not "SAME", which would pad less before than after where the stride is even
     return _convolve(x, kernel, (stride, stride), len(kernel) // 2)
 
 
-def in_blocks(x: Array, kernel: Array, stride: int = 1) -> Array:
+def convolve_in_blocks(x: Array, kernel: Array) -> Array:
     """The same for 3×3 and stride 1: blocks of 7 mel bins, overlapping by the 2 that a kernel needs, are channels.
 
     What is left is a convolution of three taps over time, from 9·C to 7·channels; blocks do not see each other.
@@ -124,15 +124,8 @@ def in_blocks(x: Array, kernel: Array, stride: int = 1) -> Array:
     grid = jnp.pad(x, ((0, 0), (0, 0), (1, (blocks + 1) * BLOCK - mel - 1), (0, 0)))
     grid = grid.reshape(batch, time, blocks + 1, BLOCK, inputs)
     seen = jnp.concatenate([grid[:, :, :-1], grid[:, :, 1:, :2]], axis=3).reshape(batch, time, blocks, -1)
-    out = _convolve(seen, _banded(kernel, BLOCK + 2, BLOCK, 0)[:, None], (1, 1), (1, 0))
+    out = _convolve(seen, _band_matrices(kernel, BLOCK + 2, BLOCK)[:, None], (1, 1), (1, 0))
     return out.reshape(batch, time, blocks * BLOCK, -1)[:, :, :mel]
-
-
-def in_bands(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """The same for 3×3 and stride 1: all mel bins are channels, three taps over time, from mel·C to mel·channels."""
-    batch, time, mel, inputs = x.shape
-    out = _convolve(x.reshape(batch, time, 1, mel * inputs), _banded(kernel, mel, mel, 1)[:, None], (1, 1), (1, 0))
-    return out.reshape(batch, time, mel, -1)
 
 
 def _convolve(x: Array, kernel: Array, stride: tuple[int, int], padding: int | tuple[int, int]) -> Array:
@@ -143,13 +136,13 @@ def _convolve(x: Array, kernel: Array, stride: tuple[int, int], padding: int | t
     )
 
 
-def _banded(kernel: Array, inputs: int, outputs: int, before: int) -> Array:
+def _band_matrices(kernel: Array, inputs: int, outputs: int) -> Array:
     """A kernel [3, 3, C, channels] as matrices [3, inputs · C, outputs · channels] from mel bins to mel bins.
 
-    Output bin j sees the input bins j - before, j - before + 1 and j - before + 2, where there are such.
+    Output bin j sees the input bins j, j + 1 and j + 2.
     """
     i, j, k = np.ogrid[:inputs, :outputs, :3]
-    place = (i - j + before == k).astype(np.float32)
+    place = (i - j == k).astype(np.float32)
     # exact: accelerators would round the float32 parameters, and the sums of their gradients
     matrices = jnp.einsum("ijk,tkco->ticjo", place, kernel, precision=lax.Precision.HIGHEST)
     return matrices.reshape(3, inputs * kernel.shape[2], outputs * kernel.shape[3])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from w2s_jax import SAMPLING_RATE
+from w2s_jax import NORM_EPSILON, SAMPLING_RATE
 
 #: Front ends of published students, as fields of every student: ``build("mobilenet_v4_s", **PRESETS["144/72"])``. 64/32 is
 #: Wav2Small's; 144/72 is that of audEERING's MobileNetV4 student, which takes less than half the frames (its number of bands is
@@ -18,8 +18,6 @@ PRESETS = {
 }
 #: Floor of the mel power before the logarithm; -100 dB.
 MEL_FLOOR = 1e-10
-#: Added to the variance when an utterance is normalised, so that silence stays zero.
-NORM_EPSILON = 1e-7
 #: Accelerators would round the factors of float32 products to 8 or 11 bits, and a spectrum spans more than that.
 EXACT = lax.Precision.HIGHEST
 

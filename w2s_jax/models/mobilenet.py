@@ -7,7 +7,7 @@ it is that of timm 1.0, so that its published weights fit (``w2s_jax.convert``);
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.nn import hard_sigmoid, hard_swish, relu
 
+from w2s_jax.models import plan
 from w2s_jax.models.forms import check_running
 from w2s_jax.models.frontend import LogMel, normalise
 from w2s_jax.models.norm import BatchNorm
@@ -270,10 +271,50 @@ V4_LARGE = Architecture(
 )
 
 
-def rounded(channels: float) -> int:
+def round_channels(channels: float) -> int:
     """The multiple of 8 nearest to a scaled channel count, at least 8, but never less than nine tenths of it."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest + 8 if nearest < 0.9 * channels else nearest
+
+
+class Layer(NamedTuple):
+    """A part of a row: a ``ConvNorm`` by its name and fields, or the ``SqueezeExcite`` "squeeze" by its channels."""
+
+    name: str
+    channels: int
+    kernel: int = 1
+    stride: int = 1
+    activation: Activation | None = None
+    depthwise: bool = False
+
+
+def list_layers(row: Row, inputs: int, width: float) -> list[Layer]:
+    """The parts of a row for so many input channels, in their order; training and the inference plan both follow them."""
+    channels, wide = round_channels(row.channels * width), round_channels(inputs * getattr(row, "expansion", 1))
+    match row:
+        case Conv():
+            return [Layer("conv", channels, row.kernel, row.stride, row.activation)]
+        case Separable():
+            wide = inputs
+            layers = [Layer("depthwise", wide, row.kernel, row.stride, row.activation, True)]
+        case Bottleneck():
+            layers = [
+                Layer("expand", wide, activation=row.activation),
+                Layer("depthwise", wide, row.kernel, row.stride, row.activation, True),
+            ]
+        case Fused():
+            layers = [Layer("expand", wide, row.kernel, row.stride, relu)]
+        case Universal():
+            before = Layer("before", inputs, row.before, 1 if row.middle else row.stride, None, True)
+            middle = Layer("middle", wide, row.middle, row.stride, relu, True)
+            layers = [layer for layer in (before, Layer("expand", wide, activation=relu), middle) if layer.kernel]
+    squeeze = [Layer("squeeze", wide)] if getattr(row, "squeeze", False) else []
+    return [*layers, *squeeze, Layer("project", channels)]
+
+
+def has_residual(row: Row, inputs: int, outputs: int) -> bool:
+    """Whether a row's input is added to its output."""
+    return not isinstance(row, Conv) and row.stride == 1 and inputs == outputs
 
 
 class Convolution(nn.Module):
@@ -299,7 +340,7 @@ class Convolution(nn.Module):
         if jax.default_backend() == "cpu":
             if self.depthwise:
                 return shifted_products(x, kernel, stride)
-            patches = jnp.concatenate([part for _, part in _shifts(_padded(x, size), size, stride)], axis=-1)
+            patches = jnp.concatenate([part for _, part in _shifts(_pad(x, size), size, stride)], axis=-1)
             return _dense(patches, kernel.reshape(size * size * inputs, self.channels).astype(x.dtype))
         return convolution(x, kernel, stride)
 
@@ -330,10 +371,10 @@ def shifted_products(x: Array, kernel: Array, stride: int) -> Array:
     (measured: experiments/README.md).
     """
     size = len(kernel)
-    return sum(kernel[i, j, 0] * part for (i, j), part in _shifts(_padded(x, size), size, stride)).astype(x.dtype)
+    return sum(kernel[i, j, 0] * part for (i, j), part in _shifts(_pad(x, size), size, stride)).astype(x.dtype)
 
 
-def _padded(x: Array, size: int) -> Array:
+def _pad(x: Array, size: int) -> Array:
     return jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
 
 
@@ -350,12 +391,12 @@ def _shifted_products_forward(x: Array, kernel: Array, stride: int):
     return shifted_products(x, kernel, stride), (x, kernel)
 
 
-def _shifted_products_backward(stride: int, kept, g: Array):
-    x, kernel = kept
+def _shifted_products_backward(stride: int, residuals, g: Array):
+    x, kernel = residuals
     size = len(kernel)
     g32 = g.astype(jnp.float32)
     # in two steps: XLA's loops add whole images fast, but not down to a few channels at once; the barrier keeps them apart
-    parts = _shifts(_padded(x, size), size, stride)
+    parts = _shifts(_pad(x, size), size, stride)
     sums = [lax.optimization_barrier((g32 * part).sum(axis=0)).sum(axis=(0, 1)) for _, part in parts]
     # for x the same sum with the kernel turned round, over g with zeros where the stride left places out
     low = size // 2
@@ -392,7 +433,7 @@ class SqueezeExcite(nn.Module):
     def __call__(self, x: Array) -> Array:
         channels = x.shape[-1]
         gate = x.mean(axis=(1, 2), keepdims=True, dtype=jnp.float32)
-        gate = relu(nn.Conv(rounded(channels / 4), (1, 1), name="reduce")(gate))
+        gate = relu(nn.Conv(round_channels(channels / 4), (1, 1), name="reduce")(gate))
         # the product in float32, and so the sums of the gates' gradient
         return (x * hard_sigmoid(nn.Conv(channels, (1, 1), name="expand")(gate))).astype(x.dtype)
 
@@ -406,35 +447,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
-        def layer(name: str, x: Array, channels: int, kernel: int = 1, stride: int = 1, activation=None) -> Array:
-            return ConvNorm(channels, kernel, stride, activation, axis_name=self.axis_name, name=name)(x, train)
+        before = x
+        for layer in list_layers(self.row, x.shape[-1], self.width):
+            if layer.name == "squeeze":
+                x = SqueezeExcite(name="squeeze")(x)
+            else:
+                x = ConvNorm(*layer[1:], self.axis_name, name=layer.name)(x, train)
+        return x + before if has_residual(self.row, before.shape[-1], x.shape[-1]) else x
 
-        def depthwise(name: str, x: Array, kernel: int, stride: int, activation=None) -> Array:
-            return ConvNorm(x.shape[-1], kernel, stride, activation, True, self.axis_name, name=name)(x, train)
 
-        row, before = self.row, x
-        channels = rounded(row.channels * self.width)
-        match row:
-            case Conv():
-                return layer("conv", x, channels, row.kernel, row.stride, row.activation)
-            case Separable():
-                x = depthwise("depthwise", x, row.kernel, row.stride, row.activation)
-            case Bottleneck():
-                x = layer("expand", x, rounded(x.shape[-1] * row.expansion), activation=row.activation)
-                x = depthwise("depthwise", x, row.kernel, row.stride, row.activation)
-            case Fused():
-                x = layer("expand", x, rounded(x.shape[-1] * row.expansion), row.kernel, row.stride, relu)
-            case Universal():
-                expanded = rounded(x.shape[-1] * row.expansion)
-                if row.before:
-                    x = depthwise("before", x, row.before, 1 if row.middle else row.stride)
-                x = layer("expand", x, expanded, activation=relu)
-                if row.middle:
-                    x = depthwise("middle", x, row.middle, row.stride, relu)
-        if getattr(row, "squeeze", False):
-            x = SqueezeExcite(name="squeeze")(x)
-        x = layer("project", x, channels)
-        return x + before if row.stride == 1 and before.shape[-1] == channels else x
+def list_rows(architecture: Architecture) -> list[tuple[str, Row]]:
+    """The rows of a table below the stem, with the names of their ``Block``s."""
+    stages = enumerate(architecture.stages)
+    return [(f"stage{number}_{place}", row) for number, stage in stages for place, row in enumerate(stage)]
 
 
 class Trunk(nn.Module):
@@ -451,11 +476,10 @@ class Trunk(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         stem, fixed = self.architecture.stem, self.width < self.architecture.fixed_stem_below
-        channels = stem.channels if fixed else rounded(stem.channels * self.width)
+        channels = stem.channels if fixed else round_channels(stem.channels * self.width)
         x = ConvNorm(channels, stem.kernel, stem.stride, stem.activation, axis_name=self.axis_name, name="stem")(x, train)
-        for stage, rows in enumerate(self.architecture.stages):
-            for number, row in enumerate(rows):
-                x = Block(row, self.width, self.axis_name, name=f"stage{stage}_{number}")(x, train)
+        for name, row in list_rows(self.architecture):
+            x = Block(row, self.width, self.axis_name, name=name)(x, train)
         return x
 
 
@@ -490,6 +514,38 @@ class MobileNetStudent(nn.Module):
         x = Trunk(self.architecture, self.width, self.axis_name, name="trunk")(image[..., None].astype(self.dtype), train)
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         return nn.Dense(self.dimensions, name="adv")(AttentionPooling(name="pool")(tokens))
+
+    @nn.nowrap
+    def fold(self, variables: Mapping) -> plan.Plan:
+        params, stats = variables["params"]["trunk"], variables["batch_stats"]["trunk"]
+        layers = plan.fold_log_mel(self, variables)
+        layers.append(_fold_layer(params["stem"], stats["stem"], self.architecture.stem, plan.DECIBEL))
+        channels = layers[-1].kernel.shape[0]
+        for name, row in list_rows(self.architecture):
+            inner = [
+                _fold_squeeze(params[name]["squeeze"]) if layer.name == "squeeze"
+                else _fold_layer(params[name][layer.name], stats[name][layer.name], layer)
+                for layer in list_layers(row, channels, self.width)
+            ]  # fmt: skip
+            outputs = inner[-1].kernel.shape[0]
+            layers += [plan.Residual(tuple(inner))] if has_residual(row, channels, outputs) else inner
+            channels = outputs
+        pool, adv = variables["params"]["pool"], variables["params"]["adv"]
+        layers += [plan.Places(), plan.fold_attention(pool), plan.Dense(adv["kernel"], adv["bias"])]
+        return plan.Plan(tuple(layers), self.minimum_samples)
+
+
+def _fold_layer(params: Mapping, stats: Mapping, layer: Layer | Conv, scale: float = 1.0) -> plan.Convolution:
+    activation = {None: None, relu: "relu", hard_swish: "hard_swish"}[layer.activation]
+    return plan.fold_convolution(params["conv"]["kernel"], params["norm"], stats["norm"], layer.stride, activation, scale)
+
+
+def _fold_squeeze(params: Mapping) -> plan.SqueezeExcite:
+    reduce, expand = (
+        plan.Convolution(params[name]["kernel"].transpose(3, 2, 1, 0), params[name]["bias"], 1, activation)
+        for name, activation in (("reduce", "relu"), ("expand", None))
+    )
+    return plan.SqueezeExcite(reduce, expand)
 
 
 class MobileNetV3S(MobileNetStudent):

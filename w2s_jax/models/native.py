@@ -29,6 +29,8 @@ import jaxlib
 import numpy as np
 from jax import Array, lax
 
+from w2s_jax.models.norm import EPSILON
+
 #: What ``native.cc`` offers to XLA, each with the prefix ``w2s_``.
 TARGETS = ("forward", "backward", "pool", "pool_backward", "finish", "finish_backward")
 SOURCE = Path(__file__).with_suffix(".cc")
@@ -48,11 +50,6 @@ def unavailable() -> str | None:
     return _load()
 
 
-def available() -> bool:
-    """Whether the kernel can be used in this process; ``unavailable`` says why not."""
-    return unavailable() is None
-
-
 @functools.cache
 def _load() -> str | None:
     """Compile or find the library and make it known to XLA: None, or why that did not work."""
@@ -67,8 +64,8 @@ def _load() -> str | None:
     # whatever is wrong with a compiler, a disk or a library, training goes on without the kernel and can say why
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or ["no message"]
-        said = next((line for line in lines if "error" in line.lower()), lines[-1])
-        return f"{error.cmd[0]} ended with {error.returncode}: {said.strip()}"
+        line = next((line for line in lines if "error" in line.lower()), lines[-1])
+        return f"{error.cmd[0]} ended with {error.returncode}: {line.strip()}"
     except subprocess.TimeoutExpired as error:
         return f"{error.cmd[0]} did not end within {error.timeout:g} s"
     except (OSError, AttributeError) as error:
@@ -128,11 +125,11 @@ def _places() -> Iterator[Path]:
 def _make_private(directory: Path) -> None:
     """Make the directory if it is missing; refuse one that others can write."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         unsafe = (
             f"{directory} is not safe for the compiled kernel: expected one of the user {os.geteuid()} that nobody else can "
-            f"write, got owner {found.st_uid}, mode {stat.filemode(found.st_mode)}; delete it, or chown it and chmod 700"
+            f"write, got owner {status.st_uid}, mode {stat.filemode(status.st_mode)}; delete it, or chown it and chmod 700"
         )
         warnings.warn(unsafe, stacklevel=2)
         raise PermissionError(unsafe)
@@ -145,8 +142,8 @@ def _open(path: Path) -> ctypes.CDLL:
         OSError: it is not there, somebody else's, damaged, or does not load.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
             raise PermissionError(f"{path} can be written by others")
         content = file.read()
         if content[-32:] != hashlib.sha256(content[:-32]).digest():
@@ -178,13 +175,13 @@ def _run(command: list[str], seconds: float) -> str:
         command, stdin=nothing, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
     ) as process:
         try:
-            printed, said = process.communicate(timeout=seconds)
+            printed, errors = process.communicate(timeout=seconds)
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, printed, said)
+        raise subprocess.CalledProcessError(process.returncode, command, printed, errors)
     return printed
 
 
@@ -202,7 +199,7 @@ def trunk(
     betas: Sequence[Array],
     before: int,
     axis_name: str | None = None,
-    epsilon: float = 1e-5,
+    epsilon: float = EPSILON,
 ) -> tuple[Array, list[Array], list[Array]]:
     """Blocks of convolution, BatchNorm with the batch's moments and ReLU, with one 3×3 stride-2 max pool among them.
 
@@ -278,10 +275,10 @@ def _convolve_forward(x, centre, factor, beta, kernel, time):
     return (y, mean, variance), (x, centre, factor, beta, kernel, y, mean)
 
 
-def _convolve_backward(time, kept, cotangents):
-    x, _, factor, beta, kernel, *_ = kept
+def _convolve_backward(time, residuals, cotangents):
+    x, _, factor, beta, kernel, *_ = residuals
     gx, gfactor, gbeta, gkernel = _call(
-        "backward", (x, factor, beta, kernel), *kept, *cotangents, time=time, affine=True, parts=3
+        "backward", (x, factor, beta, kernel), *residuals, *cotangents, time=time, affine=True, parts=3
     )
     return gx, -factor * gbeta, gfactor, gbeta, gkernel
 
@@ -301,8 +298,8 @@ def _convolve_plain_forward(x, kernel, time, image):
     return (y, mean, variance), (x, kernel, y, mean)
 
 
-def _convolve_plain_backward(time, image, kept, cotangents):
-    x, kernel, y, mean = kept
+def _convolve_plain_backward(time, image, residuals, cotangents):
+    x, kernel, y, mean = residuals
     nothing = jnp.zeros(x.shape[2], jnp.float32)
 
     def gradients(parts: int):
@@ -337,8 +334,8 @@ def _pool_forward(x, centre, factor, beta, time):
     return pooled, (x, centre, factor, codes)
 
 
-def _pool_backward(time, kept, g):
-    x, centre, factor, codes = kept
+def _pool_backward(time, residuals, g):
+    x, centre, factor, codes = residuals
     gx, gfactor, gbeta = _call("pool_backward", (x, factor, factor), x, centre, factor, codes, g, time=time)
     return gx, -factor * gbeta, gfactor, gbeta
 
@@ -357,9 +354,9 @@ def _finish_forward(x, centre, factor, beta, time):
     return _finish(x, centre, factor, beta, time), (x, centre, factor, beta)
 
 
-def _finish_backward(time, kept, g):
-    x, _, factor, beta = kept
-    gx, gfactor, gbeta = _call("finish_backward", (x, factor, beta), *kept, g, time=time)
+def _finish_backward(time, residuals, g):
+    x, _, factor, beta = residuals
+    gx, gfactor, gbeta = _call("finish_backward", (x, factor, beta), *residuals, g, time=time)
     return gx, -factor * gbeta, gfactor, gbeta
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import flax.linen as nn
@@ -47,8 +48,8 @@ def _batch_norm_forward(x: Array, scale: Array, bias: Array, relu: bool, axis_na
     return (y, mean, var), (x, y if relu else None, scale, mean, inverse)
 
 
-def _batch_norm_backward(relu: bool, axis_name: str | None, kept, gradients):
-    x, y, scale, mean, inverse = kept
+def _batch_norm_backward(relu: bool, axis_name: str | None, residuals, gradients):
+    x, y, scale, mean, inverse = residuals
     g = gradients[0].astype(jnp.float32)
     if relu:
         g = jnp.where(y > 0, g, 0)
@@ -67,9 +68,9 @@ def _global(means, axis_name: str | None):
     return means if axis_name is None else lax.pmean(means, axis_name)
 
 
-def follow(running: Array, moment: Array) -> Array:
-    """A running statistic after one more batch, [C]; the momentum is PyTorch's default (its 0.1 is 0.9 here)."""
-    return 0.9 * running + 0.1 * moment
+def update_running_stats(running: Mapping[str, Array], mean: Array, var: Array) -> dict[str, Array]:
+    """Running ``mean`` and ``var`` [C] after one more batch; the momentum is PyTorch's default (its 0.1 is 0.9 here)."""
+    return {name: 0.9 * running[name] + 0.1 * moment for name, moment in (("mean", mean), ("var", var))}
 
 
 class BatchNorm(nn.Module):
@@ -97,6 +98,6 @@ class BatchNorm(nn.Module):
         axis_name = None if self.is_initializing() else self.axis_name
         y, mean, var = batch_norm(x, scale, bias, self.relu, axis_name)
         if not self.is_initializing():
-            running_mean.value = follow(running_mean.value, mean)
-            running_var.value = follow(running_var.value, var)
+            updated = update_running_stats({"mean": running_mean.value, "var": running_var.value}, mean, var)
+            running_mean.value, running_var.value = updated["mean"], updated["var"]
         return y

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from w2s_jax.models.forms import Dense
+from w2s_jax.models.norm import EPSILON
 
 #: What a student's field ``pooling`` may be.
 POOLINGS = ("attention", "mean", "statistics")
@@ -31,8 +32,8 @@ def _max_pool_forward(x: Array):
     return y, (place_in_row, row, x[:0])  # of x only the shape
 
 
-def _max_pool_backward(kept, g: Array):
-    place_in_row, row, x = kept
+def _max_pool_backward(residuals, g: Array):
+    place_in_row, row, x = residuals
     return (_spread(_spread(g, row, 1, x.shape[1]), place_in_row, 2, x.shape[2]),)
 
 
@@ -89,9 +90,9 @@ def mean_pooling(x: Array) -> Array:
 def statistics_pooling(x: Array) -> Array:
     """Mean and standard deviation over time: [B, time, C] → float32 [B, 2·C], as in x-vectors (Snyder et al., ICASSP 2018).
 
-    The deviation is ``sqrt(var + 1e-5)``, var that of the population: where nothing changes, a bare root has no gradient.
+    The deviation is ``sqrt(var + EPSILON)``, var that of the population: where nothing changes, a bare root has no gradient.
     """
     mean = x.mean(axis=1, dtype=jnp.float32)
     # squares of what is left after the mean is taken off: never below 0, and no digits are lost
     variance = jnp.square(x - mean[:, None]).mean(axis=1)
-    return jnp.concatenate([mean, jnp.sqrt(variance + 1e-5)], axis=-1)
+    return jnp.concatenate([mean, jnp.sqrt(variance + EPSILON)], axis=-1)

@@ -7,15 +7,18 @@ experiments/variants.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
 from w2s_jax.errors import UsageError
-from w2s_jax.models import native
+from w2s_jax.models import native, plan
 from w2s_jax.models.forms import Dense, FormedConvolution, check_running, trains_natively
 from w2s_jax.models.frontend import LogMel, normalise
-from w2s_jax.models.norm import EPSILON, BatchNorm, follow
+from w2s_jax.models.norm import EPSILON, BatchNorm, update_running_stats
 from w2s_jax.models.pooling import POOLINGS, AttentionPooling, max_pool, mean_pooling, statistics_pooling
 
 
@@ -28,6 +31,21 @@ def _check(module: nn.Module) -> None:
     if module.kernel % 2 == 0:
         raise UsageError(f"kernel is {module.kernel}; expected an odd number, which has a middle")
     check_running(module)
+
+
+class Block(NamedTuple):
+    """A row of the trunk's table: a ``ConvBlock`` by its name, and whether the max pool follows it."""
+
+    name: str
+    stride: int
+    pool: bool
+
+
+def list_blocks(before: int, after: int, stride: int) -> list[Block]:
+    """The trunk as a table, which training in Flax, training by the compiled kernel and the inference plan all follow."""
+    return [
+        Block(f"l{layer}", stride if layer == 1 else 1, layer == before) for layer in range(1, before + after + 1)
+    ]  # fmt: skip
 
 
 class ConvBlock(nn.Module):
@@ -78,24 +96,23 @@ class VGG(nn.Module):
         way = self.form, self.kernel, self.stride, x.dtype, self.axis_name
         if train and not self.is_initializing() and trains_natively(*way):
             return self._train_natively(x)
-        for layer in range(1, self.before + self.after + 1):
-            stride = self.stride if layer == 1 else 1
-            x = ConvBlock(self.channels, self.kernel, stride, self.axis_name, self.form, name=f"l{layer}")(x, train)
-            if layer == self.before:
+        for block in list_blocks(self.before, self.after, self.stride):
+            x = ConvBlock(self.channels, self.kernel, block.stride, self.axis_name, self.form, name=block.name)(x, train)
+            if block.pool:
                 x = max_pool(x)
         return x
 
     def _train_natively(self, x: Array) -> Array:
         """The whole trunk by the compiled kernel, with the parameters and running statistics of the blocks."""
-        names = [f"l{layer}" for layer in range(1, self.before + self.after + 1)]
-        blocks = [self.variables["params"][name] for name in names]
-        kernels = [block["conv"]["kernel"] for block in blocks]
-        gammas, betas = ([block["norm"][key] for block in blocks] for key in ("scale", "bias"))
-        x, means, variances = native.trunk(x, kernels, gammas, betas, self.before, self.axis_name, EPSILON)
-        for name, mean, variance in zip(names, means, variances, strict=True):
-            running = self.variables["batch_stats"][name]["norm"]
-            updated = {"mean": follow(running["mean"], mean), "var": follow(running["var"], variance)}
-            self.put_variable("batch_stats", name, {"norm": updated})
+        table = list_blocks(self.before, self.after, self.stride)
+        params = [self.variables["params"][block.name] for block in table]
+        kernels = [block["conv"]["kernel"] for block in params]
+        gammas, betas = ([block["norm"][key] for block in params] for key in ("scale", "bias"))
+        before_pool = 1 + [block.pool for block in table].index(True)
+        x, means, variances = native.trunk(x, kernels, gammas, betas, before_pool, self.axis_name, EPSILON)
+        for block, mean, variance in zip(table, means, variances, strict=True):
+            running = self.variables["batch_stats"][block.name]["norm"]
+            self.put_variable("batch_stats", block.name, {"norm": update_running_stats(running, mean, variance)})
         return x
 
 
@@ -135,6 +152,18 @@ class Wav2SmallStudent(nn.Module):
         sizes = (self.channels, self.before, self.after, self.kernel, self.stride)
         return VGG(*sizes, self.axis_name, self.form, name="vgg7")(image[..., None].astype(self.dtype), train)
 
+    @nn.nowrap
+    def fold_features(self, variables: Mapping) -> list[plan.Layer]:
+        """``features`` as layers of a plan."""
+        layers, scale = plan.fold_log_mel(self, variables), plan.DECIBEL
+        params, stats = variables["params"]["vgg7"], variables["batch_stats"]["vgg7"]
+        for name, stride, pool in list_blocks(self.before, self.after, self.stride):
+            norm = params[name]["norm"], stats[name]["norm"]
+            layers.append(plan.fold_convolution(params[name]["conv"]["kernel"], *norm, stride, "relu", scale))
+            layers += [plan.MaxPool()] if pool else []
+            scale = 1.0
+        return layers
+
 
 class Wav2Small(Wav2SmallStudent):
     """Wav2Small 72K: float32 16 kHz waveforms [B, T], T ≥ n_fft → logits [B, dimensions].
@@ -161,6 +190,20 @@ class Wav2Small(Wav2SmallStudent):
         pool = {"mean": mean_pooling, "statistics": statistics_pooling}.get(self.pooling) or AttentionPooling(name="pool")
         return nn.Dense(self.dimensions, name="adv")(pool(tokens))
 
+    @nn.nowrap
+    def fold(self, variables: Mapping) -> plan.Plan:
+        params = variables["params"]
+        mix, adv, attends = params["mix"], params["adv"], self.pooling == "attention"
+        pool = plan.fold_attention(params["pool"]) if attends else plan.MomentPooling(self.pooling == "statistics")
+        layers = [
+            *self.fold_features(variables),
+            plan.Convolution(mix["kernel"].transpose(3, 2, 1, 0), mix["bias"]),
+            plan.Tokens(),
+            pool,
+            plan.Dense(adv["kernel"], adv["bias"]),
+        ]
+        return plan.Plan(tuple(layers), self.minimum_samples)
+
 
 class Wav2Small17K(Wav2SmallStudent):
     """Wav2Small 2.0, 17K: float32 16 kHz waveforms [B, T], T ≥ n_fft → logits [B, dimensions].
@@ -175,3 +218,9 @@ class Wav2Small17K(Wav2SmallStudent):
         gram = x @ x.transpose(0, 2, 1)
         features = jnp.concatenate([x, gram], axis=2).reshape(x.shape[0], -1)
         return nn.Dense(self.dimensions, name="adv")(features)
+
+    @nn.nowrap
+    def fold(self, variables: Mapping) -> plan.Plan:
+        pool, adv = variables["params"]["pool"], variables["params"]["adv"]
+        layers = *self.fold_features(variables), plan.fold_attention(pool), plan.Gram(), plan.Dense(adv["kernel"], adv["bias"])
+        return plan.Plan(layers, self.minimum_samples)

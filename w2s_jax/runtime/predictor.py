@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from w2s_jax import SAMPLING_RATE
+from w2s_jax import NORM_EPSILON, SAMPLING_RATE
 from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.files import read_json
 from w2s_jax.kinds import FILES
@@ -21,8 +21,6 @@ from w2s_jax.runtime.session import onnxruntime_errors, open_session, shrinking
 SIGNAL, LOGITS = "signal", "logits"
 #: The other inputs and the other output of the kind "chunked".
 CARRIED, NEXT = ("state", "first", "last"), "next"
-#: As in ``models.frontend``, which this floor must not import.
-NORM_EPSILON = 1e-7
 #: Samples of a block, where a recording is read block by block.
 BLOCK = 1 << 18
 #: Larger samples are refused: the mean of their squares, which the network divides by, would overflow float32.
