@@ -192,6 +192,7 @@ class Wav2Small(Wav2SmallStudent):
 
     @nn.nowrap
     def fold(self, variables: Mapping) -> plan.Plan:
+        """The plan of this student; see ``models.plan``."""
         params = variables["params"]
         mix, adv = params["mix"], params["adv"]
         layers = [
@@ -220,6 +221,7 @@ class Wav2Small17K(Wav2SmallStudent):
 
     @nn.nowrap
     def fold(self, variables: Mapping) -> plan.Plan:
+        """The plan of this student; see ``models.plan``."""
         pool, adv = variables["params"]["pool"], variables["params"]["adv"]
         layers = *self.fold_features(variables), plan.fold_attention(pool), plan.Gram(), plan.Dense(adv["kernel"], adv["bias"])
         return plan.Plan(layers, self.minimum_samples)
