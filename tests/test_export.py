@@ -1,7 +1,6 @@
 """Export against the Flax module itself, and against audEERING's loader, on students whose every parameter matters."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -181,16 +180,20 @@ def test_every_kind_follows_fp32(exported, waves, kind):
     assert np.abs(np.subtract(*values)).mean() < 0.2 * spread
 
 
+#: Bytes. Limits of Wav2Small: 90 and 60 kB for int8 and int8-int4 were asked for; the weights alone are 290 kB in fp32.
+MOST_BYTES = {
+    "wav2small": {
+        "fp32": 278_000, "fp16w": 145_000, "int8w": 80_000, "int8": 82_000, "qdq": 88_000, "int8-int4": 54_000
+    },
+    "wav2small_17k": {"fp32": 32_000, "fp16w": 22_200, "int8w": 17_800, "int8": 19_200, "qdq": 30_600},
+}  # fmt: skip
+
+
 def test_bytes(exported):
     place, report = exported
-    if "17k" not in str(place):  # limits of the issue: 90 and 60 kB; weights alone are 290 kB in fp32
-        sizes = {kind: row["bytes"] for kind, row in report["kinds"].items()}
-        assert sizes["int8"] <= 82_000
-        assert sizes["int8-int4"] <= 54_000
-        assert sizes["int8w"] <= 80_000
-        assert sizes["fp16w"] <= 145_000
-        assert sizes["qdq"] <= 88_000
-        assert sizes["fp32"] <= 278_000
+    sizes = {kind: row["bytes"] for kind, row in report["kinds"].items()}
+    limits = MOST_BYTES["wav2small_17k" if "17k" in str(place) else "wav2small"]
+    assert {kind: sizes[kind] for kind, most in limits.items() if sizes[kind] > most} == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -580,21 +583,8 @@ def test_every_row_of_a_mobilenet_is_exported(waves):
     assert max(passes.values()) <= graph.PASS_LIMIT
 
 
-#: Published sizes where they are small; of the others the same tables and depths, narrower.
-EVERY = {
-    "wav2small": {},
-    "wav2small_17k": {},
-    "mobilenet_v3_s": {},
-    "mobilenet_v3_l": {"width": 0.5},
-    "mobilenet_v4_s": models.PRESETS["144/72"],
-    "mobilenet_v4_m": {"width": 0.35},
-    "mobilenet_v4_l": {"width": 0.25},
-    "cnn14": {"channels": 8},
-}
-
-
-#: Minutes of compiling; every kind of layer is in the others, or in the test above.
-LEFT_OUT = ("mobilenet_v3_s", "mobilenet_v3_l", "mobilenet_v4_s", "mobilenet_v4_m", "mobilenet_v4_l")
+#: One of each kind: published sizes where they are small, else narrower. The rows of other MobileNets are in the test above.
+EVERY = {"wav2small": {}, "wav2small_17k": {}, "mobilenet_v3_s": {"width": 0.25}, "cnn14": {"channels": 8}}
 
 
 @pytest.mark.slow
@@ -602,9 +592,6 @@ LEFT_OUT = ("mobilenet_v3_s", "mobilenet_v3_l", "mobilenet_v4_s", "mobilenet_v4_
 def test_every_student_trains_and_leaves(name, bank, views, tmp_path, monkeypatch, compiled_at_once):
     """One step, fp32 within 1e-4 of Flax (export_student refuses more), int8, and audEERING's loader on both."""
     audonnx = pytest.importorskip("audonnx")
-    assert set(EVERY) == set(models.STUDENTS)
-    if name in LEFT_OUT and not os.environ.get("W2S_ALL_STUDENTS"):
-        pytest.skip("W2S_ALL_STUDENTS=1 runs it; its kinds of layers are tested elsewhere")
     label.label(bank, views, teachers.load("acoustic"), tmp_path / "labels")
     known = labels.read(tmp_path / "labels", views)
     settings = ["steps=1", "batch_size=4", "eval_every=1", *(f"fields.{key}={value}" for key, value in EVERY[name].items())]

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -85,13 +84,10 @@ def test_a_minute_equals_the_trained_module(exported, waves):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mobilenet_v3_s", "mobilenet_v4_s"])
-def test_mobilenets_equal_the_trained_module(name, tmp_path, waves):
+def test_a_mobilenet_equals_the_trained_module(tmp_path, waves):
     """On half a second: random weights this deep amplify rounding, so that on silence of a second ``deploy`` itself, under JAX,
     differs from ``student.apply`` by 0.03."""
-    if not os.environ.get("W2S_ALL_STUDENTS"):
-        pytest.skip("W2S_ALL_STUDENTS=1 runs it: minutes of compiling")
-    check(*convert(tmp_path, name, {}, waves), waves, (64, 1021, 8191))
+    check(*convert(tmp_path, "mobilenet_v3_s", {"width": 0.25}, waves), waves, (64, 1021, 8191))
 
 
 def test_only_builtin_operators_and_no_arithmetic_on_shapes(exported):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -454,11 +453,9 @@ def test_bfloat16_is_float32_but_for_rounding(name, fields):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "fields", "gradient"), [
     # not MobileNetV4-S: with weights like these, noise of 2^-9 on the parameters alone moves its float32 gradient by 0.91 of it
-    ("wav2small", {"form": "direct"}, 0.4), ("wav2small_17k", {}, 0.4), ("mobilenet_v3_s", {}, 0.4),
+    ("wav2small", {"form": "direct"}, 0.4), ("wav2small_17k", {}, 0.4), ("mobilenet_v3_s", {"width": 0.25}, 0.4),
 ])  # fmt: skip
 def test_bfloat16_is_float32_but_for_rounding_in_deep_students(name, fields, gradient):
-    if name == "mobilenet_v3_s" and not os.environ.get("W2S_ALL_STUDENTS"):
-        pytest.skip("W2S_ALL_STUDENTS=1 runs it: two minutes of compiling")
     check_bfloat16(name, fields, np.stack([voice(1.0, seed) for seed in range(8)]), 0.1, gradient)
 
 

@@ -43,6 +43,7 @@ class Source:
 
     @cached_property
     def plan(self) -> Plan:
+        """The student's plan, merged."""
         return merge(fold(self.student, self.variables))
 
 

@@ -48,6 +48,7 @@ class GraphBuilder:
         return output
 
     def reshape(self, x: str, *shape: int) -> str:
+        """``x`` in another shape, of which one size may be -1."""
         return self.node("Reshape", x, np.array(shape))
 
     def pad(self, x: str, before: Iterable[int], after: Iterable[int]) -> str:

@@ -1,4 +1,7 @@
-"""From a student to a plan, and from plan to plan: the same function in a form that suits a target."""
+"""From a student to a plan, and from plan to plan: the same function in a form that suits a target.
+
+Every reader starts from ``merge(fold(student, variables))``, and rounds the weights once.
+"""
 
 from __future__ import annotations
 

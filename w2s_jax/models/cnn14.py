@@ -60,6 +60,7 @@ class CNN14(nn.Module):
 
     @nn.nowrap
     def fold(self, variables: Mapping) -> plan.Plan:
+        """The plan of this student; see ``models.plan``."""
         params, stats = variables["params"], variables["batch_stats"]
         # per mel band, and the zeros of the padding come after it: the first convolution cannot take it over
         scale, shift = plan.fold_batch_norm(params["norm"], stats["norm"])

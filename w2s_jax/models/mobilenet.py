@@ -517,6 +517,7 @@ class MobileNetStudent(nn.Module):
 
     @nn.nowrap
     def fold(self, variables: Mapping) -> plan.Plan:
+        """The plan of this student; see ``models.plan``."""
         params, stats = variables["params"]["trunk"], variables["batch_stats"]["trunk"]
         layers = plan.fold_log_mel(self, variables)
         layers.append(_fold_layer(params["stem"], stats["stem"], self.architecture.stem, plan.DECIBEL))

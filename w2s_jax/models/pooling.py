@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from w2s_jax.models import plan
 from w2s_jax.models.forms import Dense
 from w2s_jax.models.norm import EPSILON
-
-#: What a student's field ``pooling`` may be.
-POOLINGS = ("attention", "mean", "statistics")
 
 
 @jax.custom_vjp
@@ -96,3 +96,12 @@ def statistics_pooling(x: Array) -> Array:
     # squares of what is left after the mean is taken off: never below 0, and no digits are lost
     variance = jnp.square(x - mean[:, None]).mean(axis=1)
     return jnp.concatenate([mean, jnp.sqrt(variance + EPSILON)], axis=-1)
+
+
+#: What a student's field ``pooling`` may be besides "attention".
+MOMENTS = {"mean": mean_pooling, "statistics": statistics_pooling}
+
+
+def fold_pooling(pooling: str, params: Mapping) -> plan.Layer:
+    """A pooling by its name as a layer of a plan; ``params`` are those of the student, attention's under "pool"."""
+    return plan.MomentPooling(pooling == "statistics") if pooling in MOMENTS else plan.fold_attention(params["pool"])

@@ -19,7 +19,7 @@ from w2s_jax.models import native, plan
 from w2s_jax.models.forms import Dense, FormedConvolution, check_running, trains_natively
 from w2s_jax.models.frontend import LogMel, normalise
 from w2s_jax.models.norm import EPSILON, BatchNorm, update_running_stats
-from w2s_jax.models.pooling import POOLINGS, AttentionPooling, max_pool, mean_pooling, statistics_pooling
+from w2s_jax.models.pooling import MOMENTS, AttentionPooling, fold_pooling, max_pool
 
 
 def _check(module: nn.Module) -> None:
@@ -177,8 +177,8 @@ class Wav2Small(Wav2SmallStudent):
     pooling: str = "attention"
 
     def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise UsageError(f"pooling is {self.pooling!r}; expected one of {', '.join(POOLINGS)}")
+        if self.pooling not in (known := ("attention", *MOMENTS)):
+            raise UsageError(f"pooling is {self.pooling!r}; expected one of {', '.join(known)}")
         super().__post_init__()
 
     @nn.compact
@@ -187,19 +187,19 @@ class Wav2Small(Wav2SmallStudent):
         batch, time, mel, channels = x.shape
         # features are ordered (channel, mel), as in the PyTorch original, so that weights carry over unchanged
         tokens = x.transpose(0, 1, 3, 2).reshape(batch, time, channels * mel)
-        pool = {"mean": mean_pooling, "statistics": statistics_pooling}.get(self.pooling) or AttentionPooling(name="pool")
+        pool = MOMENTS.get(self.pooling) or AttentionPooling(name="pool")
         return nn.Dense(self.dimensions, name="adv")(pool(tokens))
 
     @nn.nowrap
     def fold(self, variables: Mapping) -> plan.Plan:
+        """The plan of this student; see ``models.plan``."""
         params = variables["params"]
-        mix, adv, attends = params["mix"], params["adv"], self.pooling == "attention"
-        pool = plan.fold_attention(params["pool"]) if attends else plan.MomentPooling(self.pooling == "statistics")
+        mix, adv = params["mix"], params["adv"]
         layers = [
             *self.fold_features(variables),
             plan.Convolution(mix["kernel"].transpose(3, 2, 1, 0), mix["bias"]),
             plan.Tokens(),
-            pool,
+            fold_pooling(self.pooling, params),
             plan.Dense(adv["kernel"], adv["bias"]),
         ]
         return plan.Plan(tuple(layers), self.minimum_samples)
@@ -221,6 +221,7 @@ class Wav2Small17K(Wav2SmallStudent):
 
     @nn.nowrap
     def fold(self, variables: Mapping) -> plan.Plan:
+        """The plan of this student; see ``models.plan``."""
         pool, adv = variables["params"]["pool"], variables["params"]["adv"]
         layers = *self.fold_features(variables), plan.fold_attention(pool), plan.Gram(), plan.Dense(adv["kernel"], adv["bias"])
         return plan.Plan(layers, self.minimum_samples)
