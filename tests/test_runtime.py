@@ -515,6 +515,33 @@ def test_a_damaged_file_of_a_model_directory_is_refused_by_name(directory, tmp_p
             Predictor(tmp_path)
 
 
+def test_a_damaged_file_is_no_teacher_and_is_not_measured(directory, tmp_path):
+    from w2s_jax import bench, teachers
+
+    content = bytearray((directory / "model.onnx").read_bytes())
+    (tmp_path / "export.json").write_text(json.dumps({"sha256": {"model.onnx": hashlib.sha256(content).hexdigest()}}))
+    content[-3] ^= 1  # a letter of the metadata
+    (tmp_path / "model.onnx").write_bytes(content)
+    for work in (
+        lambda: open_session(tmp_path / "model.onnx"),
+        lambda: teachers.load(f"onnx:{tmp_path / 'model.onnx'}"),
+        lambda: bench.bench([], [tmp_path], tmp_path / "out"),
+    ):
+        with pytest.raises(W2SError, match=r"model.onnx is damaged: its SHA-256 .* copy or export it again"):
+            work()
+
+
+@pytest.mark.parametrize("what", ["a directory", "a pipe", "a link to nothing"])
+def test_an_export_json_that_cannot_be_read_is_not_a_missing_one(directory, tmp_path, what):
+    shutil.copy(directory / "model.onnx", tmp_path)
+    report = tmp_path / "export.json"
+    {"a directory": report.mkdir, "a pipe": lambda: os.mkfifo(report), "a link to nothing": lambda: report.symlink_to("x")}[
+        what
+    ]()
+    with pytest.raises(W2SError, match=f"export.json.* is .*{what}"):
+        Predictor(tmp_path)
+
+
 def test_a_missing_kind_says_which_there_are(directory):
     with pytest.raises(UsageError, match=r"it has no model.qdq.onnx\); its kinds are: fp32, int8"):
         Predictor(directory, kind="qdq")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import numpy as np
 
 from w2s_jax import SAMPLING_RATE
 from w2s_jax.errors import MismatchError, UsageError, W2SError
-from w2s_jax.files import read_json
 from w2s_jax.kinds import FILES
 from w2s_jax.names import check_dimensions, line
 from w2s_jax.runtime import litert
@@ -36,8 +34,6 @@ MINIMUM_SAMPLES = 64
 RATES = 1000, 384_000
 #: The longest shortest input that a file may ask for: 10 minutes.
 LONGEST_MINIMUM = 600 * SAMPLING_RATE
-#: Of a model directory; names its files and their checksums.
-REPORT = "export.json"
 
 
 class Predictor:
@@ -85,7 +81,6 @@ class Predictor:
         dimensions: Sequence[str] | None = None,
     ):
         self.path = _model_file(Path(path), kind)
-        _check_sum(self.path)
         self._made = threads, None if dimensions is None or isinstance(dimensions, str) else tuple(dimensions)
         self._session, _ = open_session(self.path, threads)
         outputs = self._check_ends()
@@ -433,23 +428,3 @@ def _checked(wave: np.ndarray, position: int, row: int | None = None) -> np.ndar
 def _whole(text: str) -> bool:
     """Whether it is a number in plain digits, not too long to be read."""
     return text.isascii() and text.isdecimal() and len(text) <= 15
-
-
-def _check_sum(path: Path) -> None:
-    """Refuse a file that is not the one that the export.json beside it was written for; without one, or a sum in it, take it.
-
-    Raises:
-        W2SError: names the file, and what to do.
-    """
-    report = path.parent / REPORT
-    if path.name not in FILES.values() or not report.is_file():
-        return
-    sums = read_json(report, "model").get("sha256")
-    expected = sums.get(path.name) if isinstance(sums, dict) else None
-    if expected is None:  # before 0.2
-        return
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        said = f"its SHA-256 begins with {found[:12]}, but {line(expected, 12)} in {REPORT}"
-        raise W2SError(f"{path} is damaged: {said}; copy or export it again")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import mmap
 import os
 from pathlib import Path
 
 from w2s_jax import machine
 from w2s_jax.errors import UsageError, W2SError
+from w2s_jax.files import read_json
+from w2s_jax.kinds import FILES
 from w2s_jax.names import line
 from w2s_jax.runtime import onnxfile
 
@@ -23,12 +26,15 @@ if os.environ["ORT_DISABLE_TELEMETRY"].lower() not in ("", "0", "false"):
 
 #: Bytes of a constant that onnxruntime may compute while it loads a model.
 _FOLDED = 1 << 26
+#: Of a model directory; names its files and their checksums.
+REPORT = "export.json"
 
 
 def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[onnxruntime.InferenceSession, str]:
     """An onnxruntime session on the CPU whose memory does not grow with the lengths that it sees, and its name for messages.
 
-    Before anything is run, the file is checked (``onnxfile.check``). All sessions of a process together take at most
+    Before anything is run, the file is held against the checksum in the export.json beside it, if there is one, and checked
+    (``onnxfile.check``). All sessions of a process together take at most
     ``memory_limit()`` for their tensors.
 
     Args:
@@ -43,6 +49,8 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
     name = "the model" if content else str(source)
     if not content and not Path(source).is_file():
         raise UsageError(f"no model at {name}: no such file")
+    if not content:
+        _check_sum(Path(source))
     if not content and Path(source).suffix == ".tflite":
         from w2s_jax.runtime import litert  # its interpreter is an extra
 
@@ -92,6 +100,28 @@ def shrinking() -> onnxruntime.RunOptions:
 def one_line(error: Exception) -> str:
     """What an exception says, in one line without control characters."""
     return line(error, 300)
+
+
+def _check_sum(path: Path) -> None:
+    """Refuse a file that is not the one that the export.json beside it was written for; without one, or a sum in it, take it.
+
+    Raises:
+        W2SError: names the file, and what to do.
+    """
+    report = path.parent / REPORT
+    if path.name not in FILES.values() or not os.path.lexists(report):
+        return
+    if not report.exists():
+        raise W2SError(f"cannot check {path}: the {REPORT} beside it is a link to nothing; copy or export the directory again")
+    sums = read_json(report, "model").get("sha256")
+    expected = sums.get(path.name) if isinstance(sums, dict) else None
+    if expected is None:  # before 0.2
+        return
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        said = f"its SHA-256 begins with {found[:12]}, but {line(expected, 12)} in {REPORT}"
+        raise W2SError(f"{path} is damaged: {said}; copy or export it again")
 
 
 def _check_file(path: str | os.PathLike, name: str) -> None:
