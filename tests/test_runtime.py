@@ -436,6 +436,17 @@ def test_metadata_is_checked(tmp_path, about, says):
     assert len(str(caught.value)) < 500
 
 
+def test_two_values_for_one_key_of_the_metadata(tmp_path):
+    model = onnx.load(toy(tmp_path / "m.onnx"))
+    model.metadata_props.add(key="dimensions", value=ABOUT["dimensions"])
+    onnx.save(model, tmp_path / "same.onnx")
+    assert Predictor(tmp_path / "same.onnx").dimensions == ("mean", "peak", "count")
+    model.metadata_props.add(key="dimensions", value="peak,mean,count")
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(W2SError, match="other.onnx is refused: its metadata has two values for 'dimensions'"):
+        Predictor(tmp_path / "other.onnx")
+
+
 def test_metadata_that_is_no_text_is_damage(tmp_path):
     content = toy(tmp_path / "m.onnx", {**ABOUT, "teacher": "QQQQ"}).read_bytes()
     (tmp_path / "m.onnx").write_bytes(content.replace(b"QQQQ", b"\xff\xfe\xfd\xfc"))

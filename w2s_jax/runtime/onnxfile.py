@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 
 from w2s_jax.errors import W2SError
+from w2s_jax.names import line
 
 #: Elements of the largest tensor that constants of a graph may ask for: 128 MB of float32.
 LARGEST = 1 << 25
@@ -62,7 +63,7 @@ class _File:
 
     def __init__(self, content, name: str):
         self._content, self._name, self._left = content, name, MOST_FIELDS
-        self._metadata = 0
+        self._metadata, self._facts = 0, {}
 
     def _refusal(self, why: str) -> W2SError:
         return W2SError(f"{self._name} is refused: {why}")
@@ -141,9 +142,13 @@ class _File:
         self._metadata += end - start
         if self._metadata > MOST_METADATA:
             raise self._refusal(f"its metadata has more than {MOST_METADATA:,} bytes")
+        entry = {1: "", 2: ""}
         for number, *place in self._fields(start, end, {1: "m", 2: "m"}):
-            if number in (1, 2):
-                self._text(*place)
+            if number in entry:
+                entry[number] = self._text(*place)
+        key, value = entry.values()
+        if self._facts.setdefault(key, value) != value:  # readers differ in which one they take
+            raise self._refusal(f"its metadata has two values for {line(repr(key), 40)}")
 
     def _graph(self, start: int, end: int, outer: dict[str, list], depth: int) -> None:
         if depth > DEEPEST:
