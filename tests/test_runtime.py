@@ -542,6 +542,15 @@ def test_a_damaged_file_is_no_teacher_and_is_not_measured(directory, tmp_path):
             work()
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.tflite"])
+def test_a_giant_file_is_neither_read_nor_hashed(tmp_path, name):
+    (tmp_path / "export.json").write_text(json.dumps({"sha256": {name: "0" * 64}}))
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(1 << 31)  # a hole, which takes no room
+    with pytest.raises(W2SError, match=f"{name} is refused: it has 2,147,483,648 bytes; no model has more than"):
+        open_session(tmp_path / name)
+
+
 @pytest.mark.parametrize("what", ["a directory", "a pipe", "a link to nothing"])
 def test_an_export_json_that_cannot_be_read_is_not_a_missing_one(directory, tmp_path, what):
     shutil.copy(directory / "model.onnx", tmp_path)

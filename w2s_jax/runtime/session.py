@@ -26,6 +26,8 @@ if os.environ["ORT_DISABLE_TELEMETRY"].lower() not in ("", "0", "false"):
 
 #: Bytes of a constant that onnxruntime may compute while it loads a model.
 _FOLDED = 1 << 26
+#: Bytes of the largest file: neither protobuf nor FlatBuffers hold more.
+_LARGEST_FILE = (1 << 31) - 1
 #: Of a model directory; names its files and their checksums.
 REPORT = "export.json"
 
@@ -49,6 +51,8 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
     name = "the model" if content else str(source)
     if not content and not Path(source).is_file():
         raise UsageError(f"no model at {name}: no such file")
+    if not content and (size := Path(source).stat().st_size) > _LARGEST_FILE:
+        raise W2SError(f"{name} is refused: it has {size:,} bytes; no model has more than {_LARGEST_FILE:,}")
     if not content:
         _check_sum(Path(source))
     if not content and Path(source).suffix == ".tflite":
