@@ -436,6 +436,60 @@ def test_metadata_is_checked(tmp_path, about, says):
     assert len(str(caught.value)) < 500
 
 
+CUT = {"stride": 4, "halo": 8, "tokens": 100, "hop": 32, "n_fft": 64}
+
+
+def chunked(path, cut=CUT, state=(3, 4)):
+    """The mean of each piece; the state is carried and nothing else."""
+    end = helper.make_tensor_value_info
+    bounds = [end(name, TensorProto.INT64, [1]) for name in ("first", "last")]
+    nodes = [
+        helper.make_node("ReduceMean", ["signal"], ["mean"], axes=[1]),
+        helper.make_node("Concat", ["mean"] * 3, ["logits"], axis=1),
+        helper.make_node("Identity", ["state"], ["next"]),
+    ]
+    ins = [end("signal", TensorProto.FLOAT, [1, "time"]), end("state", TensorProto.FLOAT, state), *bounds]
+    graph = helper.make_graph(
+        nodes, "chunked", ins, [end("logits", TensorProto.FLOAT, [1, 3]), end("next", TensorProto.FLOAT, None)]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    helper.set_model_props(model, {**ABOUT, "chunk": cut if isinstance(cut, str) else json.dumps(cut)})
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        *({**CUT, key: value} for key in ("stride", "tokens", "hop", "n_fft") for value in (0, -1, 1 << 40)),
+        *({**CUT, "halo": value} for value in (-8, 7)),
+        *({**CUT, "stride": value} for value in (math.inf, math.nan, 4.5, "4", None, True)),
+        '{"stride": 1e999, "halo": 8, "tokens": 100, "hop": 32, "n_fft": 64}',
+        "[" * 200_000,
+        "[]",
+        "{}",
+    ],
+    ids=lambda cut: str(cut)[:50],
+)
+def test_metadata_that_cannot_cut_a_recording(tmp_path, cut):
+    with pytest.raises(W2SError, match=r"m.onnx: its metadata (says to cut|does not say how to cut) a recording") as caught:
+        Predictor(chunked(tmp_path / "m.onnx", cut))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("state", [(), (4,), (1, 4), (3, "f"), (3, 0), (3, 1 << 20), (3, 4, 1)])
+def test_a_state_of_another_shape(tmp_path, state):
+    with pytest.raises(W2SError, match=r"m.onnx: expected a state \[3, features\]"):
+        Predictor(chunked(tmp_path / "m.onnx", state=state))
+
+
+def test_less_than_a_frame_has_no_pieces(tmp_path):
+    predictor = Predictor(chunked(tmp_path / "m.onnx", {**CUT, "n_fft": 1000}))
+    assert len(predictor(ramp(1000))) == 3
+    with pytest.raises(W2SError, match="expected at least 1000 samples, got 999"):
+        predictor(ramp(999))
+
+
 def test_two_values_for_one_key_of_the_metadata(tmp_path):
     model = onnx.load(toy(tmp_path / "m.onnx"))
     model.metadata_props.add(key="dimensions", value=ABOUT["dimensions"])

@@ -22,6 +22,8 @@ SIGNAL, LOGITS = "signal", "logits"
 CARRIED, NEXT = ("state", "first", "last"), "next"
 #: That of ``models.frontend``, which this floor must not import.
 NORM_EPSILON = 1e-7
+#: Of the kind "chunked"; the students here have some hundred.
+MOST_FEATURES = 1 << 16
 #: Samples that are worked on at a time where a whole recording need not be.
 BLOCK = 1 << 18
 #: Larger samples are refused: the mean of their squares, which the network divides by, would overflow float32.
@@ -318,20 +320,28 @@ class Pieces:
         path: for messages.
 
     Raises:
-        W2SError: the metadata does not say how to cut.
+        W2SError: the metadata does not say how to cut, or the state has another shape.
     """
 
     def __init__(self, session, path: str | os.PathLike):
         self._session = session
         try:
-            cut = json.loads(session.get_modelmeta().custom_metadata_map["chunk"])
-            self._stride, self._halo, self._tokens, self._hop, self._n_fft = (
-                int(cut[key]) for key in ("stride", "halo", "tokens", "hop", "n_fft")
-            )
-            features = int(session.get_inputs()[1].shape[1])
-        except (KeyError, TypeError, ValueError) as error:
+            said = session.get_modelmeta().custom_metadata_map["chunk"]
+            cut = json.loads(said)
+            numbers = [cut[key] for key in ("stride", "halo", "tokens", "hop", "n_fft")]
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise W2SError(f"{path}: its metadata does not say how to cut a recording: {one_line(error)}") from error
-        self._start = first_state(features)
+        self._stride, self._halo, self._tokens, self._hop, self._n_fft = numbers
+        whole = all(type(number) is int and 0 <= number <= LONGEST_MINIMUM for number in numbers)
+        if not whole or not self._stride * self._tokens * self._hop * self._n_fft or self._halo % self._stride:
+            raise W2SError(
+                f"{path}: its metadata says to cut a recording by {line(said, 100)}; expected whole numbers from 1 to "
+                f"{LONGEST_MINIMUM}, the halo a multiple of the stride"
+            )
+        shape = session.get_inputs()[1].shape
+        if len(shape) != 2 or shape[0] != 3 or not isinstance(shape[1], int) or not 0 < shape[1] <= MOST_FEATURES:
+            raise W2SError(f"{path}: expected a state [3, features], at most {MOST_FEATURES}, got {line(shape, 100)}")
+        self._start = first_state(shape[1])
 
     def __call__(self, wave: np.ndarray) -> np.ndarray:
         """float32 [T] → logits [1, D]; the normalisation is that of the whole recording."""
@@ -347,6 +357,8 @@ class Pieces:
         power = sum(np.square(wave[block] - mean).sum(dtype=np.float64) for block in blocks) / len(wave)
         scale = 1 / np.sqrt(power + NORM_EPSILON)
         frames = 1 + (len(wave) - self._n_fft) // self._hop
+        if frames < 1:
+            raise UsageError(f"expected at least {self._n_fft} samples, got {len(wave)}")
         tokens = -(-frames // self._stride)
         for start in range(0, tokens, self._tokens):
             end = min(start + self._tokens, tokens)
