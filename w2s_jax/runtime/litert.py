@@ -61,6 +61,8 @@ class Session:
                 size = math.prod(int(length) for length in tensor["shape"]) * np.dtype(tensor["dtype"]).itemsize
                 if size > _LARGEST_TENSOR:
                     raise W2SError(f"{name} is refused: a tensor of {size} bytes, at most {_LARGEST_TENSOR} are allowed")
+        except W2SError:
+            raise
         except (ValueError, RuntimeError) as error:
             raise W2SError(f"{name} is damaged: {' '.join(str(error).split())[:300]}") from error
         self._shape: tuple[int, ...] | None = None
