@@ -1067,7 +1067,7 @@ def _unwrapped(text: str) -> str:
 
 for _group in (app, bank_app, views_app, teacher_app):
     for _command in _group.registered_commands:
-        _command.help = _unwrapped(_command.callback.__doc__)
+        _command.help = _unwrapped(_command.callback.__doc__ or "")  # none under python -OO
 
 
 def _version(value: bool) -> None:
