@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -309,6 +311,13 @@ def test_files_that_bench_writes(toy, mine, tmp_path, monkeypatch):
     assert "| mine | int8 | onnxruntime | 72,659 |" in text
     assert "ratio" not in text
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_locale_without_unicode(toy, tmp_path):
+    code = "import sys; from w2s_jax import bench; bench.bench([], sys.argv[1:2], sys.argv[2], runs=1, engines=['onnxruntime'])"
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, toy, tmp_path / "out"], env=plain, check=True)
+    assert "| toy.onnx | – |" in (tmp_path / "out" / "bench.md").read_text(encoding="utf-8")
 
 
 def test_what_bench_says_of_kinds_engines_and_a_yardstick(toy, own, mine, tmp_path, monkeypatch):

@@ -457,10 +457,11 @@ def bench(
     writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
-    write_atomic(out / "bench.csv", lambda temporary: Path(temporary).write_text(lines.getvalue()))
+    write_atomic(out / "bench.csv", lambda temporary: Path(temporary).write_text(lines.getvalue(), "utf-8"))
     text = f"{about['machine']}; {seconds:g} s of audio, {threads} thread(s), {runs} runs"
     text += f"; ratio: time / time of {against} in onnxruntime" if against is not None else ""
-    write_atomic(out / "bench.md", lambda temporary: Path(temporary).write_text(f"{text}\n\n{markdown(table)}\n"))
+    text += f"\n\n{markdown(table)}\n"
+    write_atomic(out / "bench.md", lambda temporary: Path(temporary).write_text(text, "utf-8"))
     if any(row["ccc"] is not None for row in table):
         try:
             import matplotlib  # noqa: F401 (asks whether it is there)
@@ -523,7 +524,7 @@ def _described(file: Path) -> dict:
         row["parameters"] = parameters
     config = file.parent / "config.json"
     if "student" in about and config.is_file():
-        scores = json.loads(config.read_text()).get("validation_ccc")
+        scores = json.loads(config.read_text("utf-8")).get("validation_ccc")
         if scores:
             row["ccc"], row["ccc_of"] = round(scores["mean"], 3), "its own teacher's labels, validation views, mean"
     return row
