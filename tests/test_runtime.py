@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from w2s_jax.errors import MismatchError, UsageError, W2SError
-from w2s_jax.runtime import Predictor
+from w2s_jax.runtime import Predictor, onnxfile
 from w2s_jax.runtime.session import open_session
 
 ABOUT = {
@@ -413,6 +413,67 @@ if Path("/proc/self/status").exists():
     ).stdout.splitlines()
     assert "needs too much memory for 100 samples; judge it in windows" in said
     assert int(kilobytes) < 500_000
+
+
+def many_constants(how, count):
+    """As many operators on constants, whose outputs of 2^24 numbers all live until the end."""
+    inits = [constant("size", 1 << 24), constant("sides", 4096, 4096), constant("axis", 0), constant("whole", 1)]
+    inits.append(constant("row", *[[1.0] * 4096], kind=np.float32))
+    inits.append(constant("column", *[[1.0]] * 4096, kind=np.float32))
+    inits.append(constant("few", 1.0, kind=np.float32))
+    nodes = []
+    for n in range(count):
+        made = {
+            "filled": [
+                helper.make_node("ConstantOfShape", ["size"], [f"b{n}"], value=constant("v", float(n), kind=np.float32))
+            ],
+            "expanded": [helper.make_node("Expand", ["few", "size"], [f"b{n}"])],
+            "broadcast": [helper.make_node("Mul", ["row", "column"], [f"b{n}"])],
+            "hidden": [
+                helper.make_node("Mul", ["sides", "whole"], [f"s{n}"]),
+                helper.make_node("Expand", ["few", f"s{n}"], [f"b{n}"]),
+            ],
+            "not in order": [
+                helper.make_node("Mul", [f"c{n}", "few"], [f"b{n}"]),
+                helper.make_node("Expand", ["few", "size"], [f"c{n}"]),
+            ],
+        }[how]
+        nodes += [*made, helper.make_node("Add", [f"b{n}", "mean"], [f"a{n}"])]
+    nodes += [helper.make_node("ReduceMean", [f"a{n}"], [f"r{n}"], keepdims=0) for n in range(count)]
+    return [*nodes, helper.make_node("Sum", [f"r{n}" for n in range(count)], ["z"])], inits
+
+
+@pytest.mark.parametrize("how", ["filled", "expanded", "broadcast", "hidden", "not in order"])
+def test_constants_together_are_not_computed_without_limit(tmp_path, how):
+    few, many = (network(tmp_path / f"{n}.onnx", *many_constants(how, n), value="z") for n in (10, 100))
+    assert onnxfile.check(few.read_bytes(), "few") == 1 << 26
+    outputs = 200 if how in ("hidden", "not in order") else 100
+    assert onnxfile.check(many.read_bytes(), "many") == (1 << 31) // outputs
+
+
+def test_many_constants_take_no_memory_when_a_file_is_loaded(tmp_path):
+    """40 of 64 MB, and the values are those that folding them would give."""
+    path = network(tmp_path / "m.onnx", *many_constants("filled", 40), value="z")
+    code = f"""
+from pathlib import Path
+import numpy as np
+from w2s_jax.runtime import Predictor
+predictor = Predictor({str(path)!r})
+if Path("/proc/self/status").exists():
+    print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+print(predictor(np.full(100, 2, np.float32))["mean"])
+"""
+    *kilobytes, value = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert float(value) == pytest.approx(2 + sum(2 + n for n in range(40)), rel=1e-3)
+    assert all(int(number) < 300_000 for number in kilobytes)
+
+
+@pytest.mark.parametrize("kind", ["model.onnx", "model.int8.onnx", "model.chunked.onnx"])
+def test_the_constants_of_our_own_files_are_folded(kind):
+    content = (Path(__file__).parent / "golden" / "artifacts" / "model" / kind).read_bytes()
+    assert onnxfile.check(content, kind) == 1 << 26
 
 
 @pytest.mark.parametrize(

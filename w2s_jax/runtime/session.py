@@ -24,8 +24,6 @@ import onnxruntime
 if os.environ["ORT_DISABLE_TELEMETRY"].lower() not in ("", "0", "false"):
     onnxruntime.disable_telemetry_events()  # for one that was imported before
 
-#: Bytes of a constant that onnxruntime may compute while it loads a model.
-_FOLDED = 1 << 26
 #: Bytes of the largest file: neither protobuf nor FlatBuffers hold more.
 _LARGEST_FILE = (1 << 31) - 1
 #: Of a model directory; names its files and their checksums.
@@ -59,10 +57,7 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
         from w2s_jax.runtime import litert  # its interpreter is an extra
 
         return litert.Session(source, threads), name
-    if content:
-        onnxfile.check(source, name)
-    else:
-        _check_file(source, name)
+    folded = onnxfile.check(source, name) if content else _check_file(source, name)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
     # it keeps memory for every length it has seen; the arena does not, and without it the system hands out every page anew in
@@ -70,7 +65,7 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
     options.enable_mem_pattern = False
     options.log_severity_level = 4  # errors arrive as exceptions
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(_FOLDED))
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(folded))
     if _limited():
         options.add_session_config_entry("session.use_env_allocators", "1")
     try:
@@ -128,13 +123,13 @@ def _check_sum(path: Path) -> None:
         raise W2SError(f"{path} is damaged: {said}; copy or export it again")
 
 
-def _check_file(path: str | os.PathLike, name: str) -> None:
+def _check_file(path: str | os.PathLike, name: str) -> int:
     try:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 raise W2SError(f"{name} is damaged or not an ONNX model: it is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                onnxfile.check(content, name)
+                return onnxfile.check(content, name)
     except OSError as error:
         raise W2SError(f"cannot read {name}: {error.strerror or error}") from error
 
