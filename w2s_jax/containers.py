@@ -197,14 +197,18 @@ def _ogg(reader: _Reader, start: int) -> Layout:
         after = position + length
         if len(starts) > LARGEST_NUMBER:
             break
-    tail_start = max(0, reader.size - 2**17)
-    tail = reader(tail_start, 2**17)
-    last = tail.rfind(b"OggS")
     lost = ""
-    if last >= 0:
+    for index, (begin, end) in enumerate(itertools.pairwise([*(starts or [start]), reader.size])):
+        tail_start = max(begin, end - 2**17)
+        last = reader(tail_start, end - tail_start).rfind(b"OggS")
+        if last < 0:
+            continue
         length = _ogg_page(reader, tail_start + last)
-        if not length or tail_start + last + length > reader.size:
-            lost = "is truncated: its last page is not whole"
+        which = f"the last page of recording {index + 1} in it" if len(starts) > 1 else "its last page"
+        if not length or tail_start + last + length > end:
+            lost = lost or f"is truncated: {which} is not whole"
+        elif not reader.number(tail_start + last + 5, 1) & 4:
+            lost = lost or f"is truncated: {which} does not end the stream"
     return _joined(starts, reader.size, lost)
 
 
