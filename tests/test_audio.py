@@ -468,6 +468,9 @@ def test_damage_within_an_mp3_is_passed_over_and_said(tmp_path):
     assert all(isinstance(warning, audio.TruncatedAudioWarning) for warning in noticed)
     assert re.search(r"damaged: \d+ bytes in it are no MP3 frames", str(noticed[0]))
     assert 5.8 * RATE <= len(read) <= 6.2 * RATE
+    with audio.collected() as noticed:
+        audio.load(save(path, data + b"\x11" + data))
+    assert str(noticed[0]).endswith("x.mp3 is damaged: a byte in it is no MP3 frame")
 
 
 @pytest.mark.parametrize("format, subtype", [("CAF", "PCM_16"), ("AU", "PCM_16")])  # AIFF is refused

@@ -469,7 +469,7 @@ def _mp3(reader: _Reader, start: int) -> Layout:
         end = run.end = position
     lost = ""
     if junk:
-        lost = f"is damaged: {junk} bytes in it are no MP3 frames"
+        lost = f"is damaged: {junk} bytes in it are no MP3 frames" if junk > 1 else "is damaged: a byte in it is no MP3 frame"
     elif cut:
         lost = "is truncated: its last frame is not whole"
     elif runs and reader.size - end > most_unread(reader.size):
