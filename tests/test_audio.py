@@ -468,6 +468,9 @@ def test_damage_within_an_mp3_is_passed_over_and_said(tmp_path):
     assert all(isinstance(warning, audio.TruncatedAudioWarning) for warning in noticed)
     assert re.search(r"damaged: \d+ bytes in it are no MP3 frames", str(noticed[0]))
     assert 5.8 * RATE <= len(read) <= 6.2 * RATE
+    with audio.collected() as noticed:
+        audio.load(save(path, data + b"\x11" + data))
+    assert str(noticed[0]).endswith("x.mp3 is damaged: a byte in it is no MP3 frame")
 
 
 @pytest.mark.parametrize("format, subtype", [("CAF", "PCM_16"), ("AU", "PCM_16")])  # AIFF is refused
@@ -489,8 +492,32 @@ def test_an_ogg_cut_within_a_page_and_a_part_that_cannot_be_read(tmp_path):
     with pytest.warns(audio.TruncatedAudioWarning, match="its last page is not whole"):
         assert 0 < len(audio.load(save(tmp_path / "x", data[:-100]))) < 20 * RATE
     second = data[: data.index(b"OggS", 4)]  # its first page alone
-    with pytest.warns(audio.TruncatedAudioWarning, match="recording 2 of 3 in it cannot be read"):
+    with audio.collected() as noticed:
         assert len(audio.load(save(tmp_path / "y", data + second + b"junk" + data))) == 40 * RATE
+    assert any("recording 2 of 3 in it cannot be read" in str(warning) for warning in noticed)
+
+
+def ogg_pages(data):
+    """RFC 3533, section 6: 27 bytes, as many lengths as the last of them says, and as many bytes as these say."""
+    while data:
+        length = 27 + data[26] + sum(data[27 : 27 + data[26]])
+        yield data[:length]
+        data = data[length:]
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_cut_between_two_pages_is_not_taken_for_whole(tmp_path, subtype):
+    whole = bytes(wav_bytes(speechlike(20), format="OGG", subtype=subtype))
+    cut = b"".join(list(ogg_pages(whole))[:-1])
+    with pytest.warns(audio.TruncatedAudioWarning, match="x is truncated: its last page does not end the stream"):
+        assert 0 < len(audio.load(save(tmp_path / "x", cut))) < 20 * RATE
+    for data, said in ((cut + whole, 1), (whole + cut, 2)):
+        with pytest.warns(audio.TruncatedAudioWarning, match=f"the last page of recording {said} in it does not end"):
+            audio.load(save(tmp_path / "y", data))
+    with audio.collected() as noticed:
+        for data in (whole, whole + whole, whole + bytes(1000)):
+            audio.load(save(tmp_path / "z", data))
+    assert not noticed
 
 
 def zero_sized(format, riff, size):

@@ -3,6 +3,8 @@
 import csv
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -63,6 +65,13 @@ def test_files_that_bench_writes(toy, mine, tmp_path, monkeypatch):
     assert "| mine | int8 | onnxruntime | 72,659 |" in text
     assert "ratio" not in text
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_locale_without_unicode(toy, tmp_path):
+    code = "import sys; from w2s_jax import bench; bench.bench([], sys.argv[1:2], sys.argv[2], runs=1, engines=['onnxruntime'])"
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, toy, tmp_path / "out"], env=plain, check=True)
+    assert "| toy.onnx | – |" in (tmp_path / "out" / "bench.md").read_text(encoding="utf-8")
 
 
 def test_kinds_are_found_by_their_table_and_compared_with_a_yardstick(toy, own, mine, tmp_path, monkeypatch):

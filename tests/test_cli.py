@@ -597,6 +597,14 @@ def test_the_quickstart_ends_with_commands_that_work(tmp_path, monkeypatch):
     assert "YOUR.wav" in second and "bank build" in third
 
 
+def test_a_python_that_leaves_docstrings_out(model, speech):
+    """Help texts are docstrings."""
+    command = [sys.executable, "-m", "w2s_jax.cli", "predict", str(model), str(speech / "a.wav"), "--format", "json"]
+    stripped = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONOPTIMIZE": "2"})
+    assert stripped.returncode == 0, stripped.stderr
+    assert stripped.stdout == subprocess.run(command, capture_output=True, text=True).stdout
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_refuses_another_python_in_one_sentence(tmp_path):
     old = tmp_path / "python3.10"

@@ -60,7 +60,7 @@ def test_variants(variant, waves, tmp_path):
         found = np.array([list(predictor(wave).values()) for wave in waves])
         if kind == "chunked":
             np.testing.assert_allclose(found, reference, atol=2e-5)
-            predictor._pieces._tokens = 7  # many pieces
+            predictor._chunks._tokens = 7  # many pieces
             np.testing.assert_allclose(list(predictor(waves[-1]).values()), reference[-1], atol=2e-5)
         else:  # seven bits of random weights are a fifth of the spread off, a wrong tap or channel all of it
             assert np.abs(found - reference).mean() < 0.25 * spread, kind

@@ -227,6 +227,17 @@ def test_damage_is_seen(tiny, data):
     assert session.run(None, {"signal": np.ones((1, 64), np.float32)})[0].tolist() == [[64, 64, 64]]
 
 
+def test_a_large_file_without_the_mark_is_not_read(tmp_path):
+    with open(tmp_path / "m.tflite", "wb") as file:
+        file.truncate(1 << 28)  # a hole, which takes no room
+    tracemalloc.start()
+    with pytest.raises(W2SError, match="m.tflite is damaged or not a TensorFlow Lite model: it begins without its mark"):
+        litert.Session(tmp_path / "m.tflite")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
 def test_a_foreign_file_has_no_facts(tiny):
     network, _ = litert.read(tiny)
     assert litert.Session(network).get_modelmeta().custom_metadata_map == {}
@@ -267,7 +278,7 @@ def test_loops_and_giant_tensors_are_refused():
         litert.Session(looping)
     large = (1 << 15, 1 << 14)
     giant = converted(lambda x: tf.reduce_sum(tf.broadcast_to(x[:, :1], large) * x[0, 0], axis=1, keepdims=True))
-    with pytest.raises(W2SError, match=f"a tensor of {1 << 31} bytes"):
+    with pytest.raises(W2SError, match=f"^the model is refused: a tensor of {1 << 31} bytes"):
         litert.Session(giant)
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from w2s_jax.errors import MismatchError, UsageError, W2SError
-from w2s_jax.runtime import Predictor
+from w2s_jax.runtime import Predictor, onnxfile
 from w2s_jax.runtime.session import open_session
 
 ABOUT = {
@@ -415,6 +415,67 @@ if Path("/proc/self/status").exists():
     assert int(kilobytes) < 500_000
 
 
+def many_constants(how, count):
+    """As many operators on constants, whose outputs of 2^24 numbers all live until the end."""
+    inits = [constant("size", 1 << 24), constant("sides", 4096, 4096), constant("axis", 0), constant("whole", 1)]
+    inits.append(constant("row", *[[1.0] * 4096], kind=np.float32))
+    inits.append(constant("column", *[[1.0]] * 4096, kind=np.float32))
+    inits.append(constant("few", 1.0, kind=np.float32))
+    nodes = []
+    for n in range(count):
+        made = {
+            "filled": [
+                helper.make_node("ConstantOfShape", ["size"], [f"b{n}"], value=constant("v", float(n), kind=np.float32))
+            ],
+            "expanded": [helper.make_node("Expand", ["few", "size"], [f"b{n}"])],
+            "broadcast": [helper.make_node("Mul", ["row", "column"], [f"b{n}"])],
+            "hidden": [
+                helper.make_node("Mul", ["sides", "whole"], [f"s{n}"]),
+                helper.make_node("Expand", ["few", f"s{n}"], [f"b{n}"]),
+            ],
+            "not in order": [
+                helper.make_node("Mul", [f"c{n}", "few"], [f"b{n}"]),
+                helper.make_node("Expand", ["few", "size"], [f"c{n}"]),
+            ],
+        }[how]
+        nodes += [*made, helper.make_node("Add", [f"b{n}", "mean"], [f"a{n}"])]
+    nodes += [helper.make_node("ReduceMean", [f"a{n}"], [f"r{n}"], keepdims=0) for n in range(count)]
+    return [*nodes, helper.make_node("Sum", [f"r{n}" for n in range(count)], ["z"])], inits
+
+
+@pytest.mark.parametrize("how", ["filled", "expanded", "broadcast", "hidden", "not in order"])
+def test_constants_together_are_not_computed_without_limit(tmp_path, how):
+    few, many = (network(tmp_path / f"{n}.onnx", *many_constants(how, n), value="z") for n in (10, 100))
+    assert onnxfile.check(few.read_bytes(), "few") == 1 << 26
+    outputs = 200 if how in ("hidden", "not in order") else 100
+    assert onnxfile.check(many.read_bytes(), "many") == (1 << 31) // outputs
+
+
+def test_many_constants_take_no_memory_when_a_file_is_loaded(tmp_path):
+    """40 of 64 MB, and the values are those that folding them would give."""
+    path = network(tmp_path / "m.onnx", *many_constants("filled", 40), value="z")
+    code = f"""
+from pathlib import Path
+import numpy as np
+from w2s_jax.runtime import Predictor
+predictor = Predictor({str(path)!r})
+if Path("/proc/self/status").exists():
+    print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+print(predictor(np.full(100, 2, np.float32))["mean"])
+"""
+    *kilobytes, value = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert float(value) == pytest.approx(2 + sum(2 + n for n in range(40)), rel=1e-3)
+    assert all(int(number) < 300_000 for number in kilobytes)
+
+
+@pytest.mark.parametrize("kind", ["model.onnx", "model.int8.onnx", "model.chunked.onnx"])
+def test_the_constants_of_our_own_files_are_folded(kind):
+    content = (Path(__file__).parent / "golden" / "artifacts" / "model" / kind).read_bytes()
+    assert onnxfile.check(content, kind) == 1 << 26
+
+
 @pytest.mark.parametrize(
     ("about", "says"),
     [
@@ -434,6 +495,71 @@ def test_metadata_is_checked(tmp_path, about, says):
         Predictor(toy(tmp_path / "m.onnx", {**ABOUT, **about}))
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 500
+
+
+CUT = {"stride": 4, "halo": 8, "tokens": 100, "hop": 32, "n_fft": 64}
+
+
+def chunked(path, cut=CUT, state=(3, 4)):
+    """The mean of each piece; the state is carried and nothing else."""
+    end = helper.make_tensor_value_info
+    bounds = [end(name, TensorProto.INT64, [1]) for name in ("first", "last")]
+    nodes = [
+        helper.make_node("ReduceMean", ["signal"], ["mean"], axes=[1]),
+        helper.make_node("Concat", ["mean"] * 3, ["logits"], axis=1),
+        helper.make_node("Identity", ["state"], ["next"]),
+    ]
+    ins = [end("signal", TensorProto.FLOAT, [1, "time"]), end("state", TensorProto.FLOAT, state), *bounds]
+    graph = helper.make_graph(
+        nodes, "chunked", ins, [end("logits", TensorProto.FLOAT, [1, 3]), end("next", TensorProto.FLOAT, None)]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    helper.set_model_props(model, {**ABOUT, "chunk": cut if isinstance(cut, str) else json.dumps(cut)})
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        *({**CUT, key: value} for key in ("stride", "tokens", "hop", "n_fft") for value in (0, -1, 1 << 40)),
+        *({**CUT, "halo": value} for value in (-8, 7)),
+        *({**CUT, "stride": value} for value in (math.inf, math.nan, 4.5, "4", None, True)),
+        '{"stride": 1e999, "halo": 8, "tokens": 100, "hop": 32, "n_fft": 64}',
+        "[" * 200_000,
+        "[]",
+        "{}",
+    ],
+    ids=lambda cut: str(cut)[:50],
+)
+def test_metadata_that_cannot_cut_a_recording(tmp_path, cut):
+    with pytest.raises(W2SError, match=r"m.onnx: its metadata (says to cut|does not say how to cut) a recording") as caught:
+        Predictor(chunked(tmp_path / "m.onnx", cut))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("state", [(), (4,), (1, 4), (3, "f"), (3, 0), (3, 1 << 20), (3, 4, 1)])
+def test_a_state_of_another_shape(tmp_path, state):
+    with pytest.raises(W2SError, match=r"m.onnx: expected a state \[3, features\]"):
+        Predictor(chunked(tmp_path / "m.onnx", state=state))
+
+
+def test_less_than_a_frame_has_no_pieces(tmp_path):
+    predictor = Predictor(chunked(tmp_path / "m.onnx", {**CUT, "n_fft": 1000}))
+    assert len(predictor(ramp(1000))) == 3
+    with pytest.raises(W2SError, match="expected at least 1000 samples, got 999"):
+        predictor(ramp(999))
+
+
+def test_two_values_for_one_key_of_the_metadata(tmp_path):
+    model = onnx.load(toy(tmp_path / "m.onnx"))
+    model.metadata_props.add(key="dimensions", value=ABOUT["dimensions"])
+    onnx.save(model, tmp_path / "same.onnx")
+    assert Predictor(tmp_path / "same.onnx").dimensions == ("mean", "peak", "count")
+    model.metadata_props.add(key="dimensions", value="peak,mean,count")
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(W2SError, match="other.onnx is refused: its metadata has two values for 'dimensions'"):
+        Predictor(tmp_path / "other.onnx")
 
 
 def test_metadata_that_is_no_text_is_damage(tmp_path):
@@ -513,6 +639,42 @@ def test_a_damaged_file_of_a_model_directory_is_refused_by_name(directory, tmp_p
         (tmp_path / "export.json").write_text(damaged)
         with contextlib.suppress(W2SError):
             Predictor(tmp_path)
+
+
+def test_a_damaged_file_is_no_teacher_and_is_not_measured(directory, tmp_path):
+    from w2s_jax import bench, teachers
+
+    content = bytearray((directory / "model.onnx").read_bytes())
+    (tmp_path / "export.json").write_text(json.dumps({"sha256": {"model.onnx": hashlib.sha256(content).hexdigest()}}))
+    content[-3] ^= 1  # a letter of the metadata
+    (tmp_path / "model.onnx").write_bytes(content)
+    for work in (
+        lambda: open_session(tmp_path / "model.onnx"),
+        lambda: teachers.load(f"onnx:{tmp_path / 'model.onnx'}"),
+        lambda: bench.bench([], [tmp_path], tmp_path / "out"),
+    ):
+        with pytest.raises(W2SError, match=r"model.onnx is damaged: its SHA-256 .* copy or export it again"):
+            work()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.tflite"])
+def test_a_giant_file_is_neither_read_nor_hashed(tmp_path, name):
+    (tmp_path / "export.json").write_text(json.dumps({"sha256": {name: "0" * 64}}))
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(1 << 31)  # a hole, which takes no room
+    with pytest.raises(W2SError, match=f"{name} is refused: it has 2,147,483,648 bytes; no model has more than"):
+        open_session(tmp_path / name)
+
+
+@pytest.mark.parametrize("what", ["a directory", "a pipe", "a link to nothing"])
+def test_an_export_json_that_cannot_be_read_is_not_a_missing_one(directory, tmp_path, what):
+    shutil.copy(directory / "model.onnx", tmp_path)
+    report = tmp_path / "export.json"
+    {"a directory": report.mkdir, "a pipe": lambda: os.mkfifo(report), "a link to nothing": lambda: report.symlink_to("x")}[
+        what
+    ]()
+    with pytest.raises(W2SError, match=f"export.json.* is .*{what}"):
+        Predictor(tmp_path)
 
 
 def test_a_missing_kind_says_which_there_are(directory):

@@ -261,10 +261,10 @@ def _write(table: list[dict], columns: Sequence[str], about: dict, out: Path, me
     writer = csv.DictWriter(lines, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
-    write_atomic(out / "bench.csv", lambda temporary: Path(temporary).write_text(lines.getvalue()))
+    write_atomic(out / "bench.csv", lambda temporary: Path(temporary).write_text(lines.getvalue(), "utf-8"))
     text = f"{about['machine']}; {about['seconds']:g} s of audio, {about['threads']} thread(s), {about['runs']} runs"
     text += f"; ratio: time / time of {about['against']} in onnxruntime" if "against" in about else ""
-    write_atomic(out / "bench.md", lambda temporary: Path(temporary).write_text(f"{text}\n\n{markdown(table)}\n"))
+    write_atomic(out / "bench.md", lambda temporary: Path(temporary).write_text(f"{text}\n\n{markdown(table)}\n", "utf-8"))
     if any(row["ccc"] is not None for row in table):
         try:
             import matplotlib  # noqa: F401 (asks whether it is there)

@@ -197,14 +197,18 @@ def _ogg(reader: _Reader, start: int) -> Layout:
         after = position + length
         if len(starts) > LARGEST_NUMBER:
             break
-    tail_start = max(0, reader.size - 2**17)
-    tail = reader(tail_start, 2**17)
-    last = tail.rfind(b"OggS")
     lost = ""
-    if last >= 0:
+    for index, (begin, end) in enumerate(itertools.pairwise([*(starts or [start]), reader.size])):
+        tail_start = max(begin, end - 2**17)
+        last = reader(tail_start, end - tail_start).rfind(b"OggS")
+        if last < 0:
+            continue
         length = _ogg_page(reader, tail_start + last)
-        if not length or tail_start + last + length > reader.size:
-            lost = "is truncated: its last page is not whole"
+        which = f"the last page of recording {index + 1} in it" if len(starts) > 1 else "its last page"
+        if not length or tail_start + last + length > end:
+            lost = lost or f"is truncated: {which} is not whole"
+        elif not reader.number(tail_start + last + 5, 1) & 4:
+            lost = lost or f"is truncated: {which} does not end the stream"
     return _joined(starts, reader.size, lost)
 
 
@@ -465,7 +469,7 @@ def _mp3(reader: _Reader, start: int) -> Layout:
         end = run.end = position
     lost = ""
     if junk:
-        lost = f"is damaged: {junk} bytes in it are no MP3 frames"
+        lost = f"is damaged: {junk} bytes in it are no MP3 frames" if junk > 1 else "is damaged: a byte in it is no MP3 frame"
     elif cut:
         lost = "is truncated: its last frame is not whole"
     elif runs and reader.size - end > most_unread(reader.size):

@@ -55,7 +55,7 @@ app = typer.Typer(
 )
 for _group in (quickstart.app, data.bank_app, data.views_app, teach.teacher_app, teach.app, train.app, model.app, predict.app):
     for _command in _group.registered_commands:
-        _command.help = _unwrap(_command.callback.__doc__)
+        _command.help = _unwrap(_command.callback.__doc__ or "")  # none under python -OO
     app.add_typer(_group)
 
 

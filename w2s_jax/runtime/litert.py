@@ -13,7 +13,6 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,7 +49,7 @@ class Session:
 
     def __init__(self, source: str | os.PathLike | bytes, threads: int = 1):
         name = "the model" if isinstance(source, bytes) else str(source)
-        network, self._metadata = read(source if isinstance(source, bytes) else Path(source).read_bytes(), name)
+        network, self._metadata = read(source if isinstance(source, bytes) else _content(source), name)
         _check_subgraphs(network, name)
         self._make = functools.partial(_interpreter(), model_content=network, num_threads=threads)
         try:
@@ -61,6 +60,8 @@ class Session:
                 size = math.prod(int(length) for length in tensor["shape"]) * np.dtype(tensor["dtype"]).itemsize
                 if size > _LARGEST_TENSOR:
                     raise W2SError(f"{name} is refused: a tensor of {size} bytes, at most {_LARGEST_TENSOR} are allowed")
+        except W2SError:
+            raise
         except (ValueError, RuntimeError) as error:
             raise W2SError(f"{name} is damaged: {' '.join(str(error).split())[:300]}") from error
         self._shape: tuple[int, ...] | None = None
@@ -114,6 +115,13 @@ class Session:
         self._shape, self._largest = shape, max(size, self._largest)
 
 
+def _content(path: str | os.PathLike) -> bytes:
+    """All of a file that has the mark; the first bytes of another, however large it is."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+        return head + file.read() if head[4:8] == _IDENTIFIER else head
+
+
 def read(content: bytes, name: str = "the model") -> tuple[bytes, dict[str, str]]:
     """Split the content of a .tflite file into the network and its metadata (empty in a file that w2s_jax has not made).
 
@@ -121,7 +129,7 @@ def read(content: bytes, name: str = "the model") -> tuple[bytes, dict[str, str]
         W2SError: the file is damaged, or something else; ``name`` is for the message.
     """
     if content[4:8] != _IDENTIFIER:
-        raise W2SError(f"{name} is damaged or not a TensorFlow Lite model: {len(content)} bytes without its mark")
+        raise W2SError(f"{name} is damaged or not a TensorFlow Lite model: it begins without its mark")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             network = content[: min(entry.header_offset for entry in archive.infolist())]

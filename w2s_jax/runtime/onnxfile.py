@@ -12,11 +12,15 @@ import struct
 from collections.abc import Iterator
 
 from w2s_jax.errors import W2SError
+from w2s_jax.names import line
 
 #: Elements of the largest tensor that constants of a graph may ask for: 128 MB of float32.
 LARGEST = 1 << 25
 #: Fields of all messages together. A MobileNet has 10,000; a Transformer of 24 layers, as PyTorch writes it, 300,000.
 MOST_FIELDS = 1_000_000
+#: Bytes that onnxruntime may compute of constants while it loads a file: by one operator, and by all. The weights of the
+#: largest student, 80 million stored in 4 bits, pass through half a dozen operators.
+FOLDED, ALL_FOLDED = 1 << 26, 1 << 31
 #: Levels of ``If`` in ``If``.
 DEEPEST = 4
 #: Bytes of the metadata.
@@ -32,6 +36,10 @@ _SIZED = {
     "HammingWindow": (0,), "HannWindow": (0,), "MelWeightMatrix": (0, 1), "OneHot": (1,), "Pad": (1,), "Range": (0, 1, 2),
     "Resize": (1, 2, 3), "Tile": (1,), "Upsample": (1,),
 }  # fmt: skip
+#: Operators whose output has the first input's shape, or at most its size, or the shape of all, broadcast.
+_SAME_SHAPE = ("Abs", "Cast", "Cos", "DequantizeLinear", "Exp", "Identity", "Neg", "Not", "ScatterElements", "Sin", "Sqrt")
+_SAME_SIZE = ("Flatten", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+_BROADCAST = ("Add", "And", "Div", "Equal", "Greater", "Less", "Mod", "Mul", "Or", "Pow", "Sub", "Where")
 #: Only constants with at most so many elements are read: shapes, not weights.
 _SHORT = 64
 #: TensorProto.DataType → bits of an element in ``raw_data``; strings are not among them.
@@ -44,17 +52,23 @@ _STRING = 8
 _FORMATS = {1: "f", 6: "i", 7: "q", 11: "d"}
 
 
-def check(content: bytes, name: str) -> None:
+def check(content: bytes, name: str) -> int:
     """Refuse the content of an .onnx file that is damaged, or that asks for more than a network from audio to values needs.
 
     Args:
         content: of the file; an ``mmap`` will do.
         name: for messages.
 
+    Returns:
+        Bytes that one operator on constants may make while the file is loaded, so that all of them keep within ``ALL_FOLDED``:
+        that memory is taken past the limit which every session has. What makes more is computed in every call, within it.
+
     Raises:
         W2SError: one line with the reason, and with a way out where there is one.
     """
-    _File(content, name).model()
+    file = _File(content, name)
+    file.model()
+    return FOLDED if file.folded <= ALL_FOLDED else ALL_FOLDED // file.folding
 
 
 class _File:
@@ -62,7 +76,8 @@ class _File:
 
     def __init__(self, content, name: str):
         self._content, self._name, self._left = content, name, MOST_FIELDS
-        self._metadata = 0
+        self._metadata, self._facts = 0, {}
+        self.folding = self.folded = 0  # outputs of operators on constants; at most how many bytes they have
 
     def _refusal(self, why: str) -> W2SError:
         return W2SError(f"{self._name} is refused: {why}")
@@ -122,7 +137,7 @@ class _File:
         for number, start, end in self._fields(0, len(self._content), kinds):
             if number == 7:
                 graphs += 1
-                self._graph(start, end, {}, 0)
+                self._graph(start, end, {}, {}, 0)
             elif number == 8:
                 self._domain(start, end)
             elif number == 14:
@@ -141,33 +156,57 @@ class _File:
         self._metadata += end - start
         if self._metadata > MOST_METADATA:
             raise self._refusal(f"its metadata has more than {MOST_METADATA:,} bytes")
+        entry = {1: "", 2: ""}
         for number, *place in self._fields(start, end, {1: "m", 2: "m"}):
-            if number in (1, 2):
-                self._text(*place)
+            if number in entry:
+                entry[number] = self._text(*place)
+        key, value = entry.values()
+        if self._facts.setdefault(key, value) != value:  # readers differ in which one they take
+            raise self._refusal(f"its metadata has two values for {line(repr(key), 40)}")
 
-    def _graph(self, start: int, end: int, outer: dict[str, list], depth: int) -> None:
+    def _graph(self, start: int, end: int, outer: dict[str, list], known: dict[str, tuple | int], depth: int) -> None:
         if depth > DEEPEST:
             raise self._refusal(f"it has graphs in graphs, more than {DEEPEST} deep")
-        constants, nodes = dict(outer), []
+        constants, shapes, nodes = dict(outer), dict(known), []
         kinds = {1: "m", 5: "m", 11: "m", 12: "m", 13: "m", 15: "m"}
         for number, *place in self._fields(start, end, kinds):
             if number == 1:
-                nodes.append(self._node(*place))
+                nodes.append((*self._node(*place), place[1] - place[0]))
             elif number == 5:
-                name, values = self._tensor(*place)
+                name, values, sizes = self._tensor(*place)
+                shapes[name] = tuple(sizes)
                 if values is not None:
                     constants[name] = values
             elif number in (11, 12, 13):
                 self._value(*place, number == 11)
             elif number == 15:
                 raise self._refusal("it has sparse tensors; export it without them")
-        for operator, _, outputs, attributes, _ in nodes:
-            if operator == "Constant" and outputs and attributes:
-                constants[outputs[0]] = next(iter(attributes.values()))
-        for operator, inputs, _, attributes, bodies in nodes:
+        for operator, _, outputs, attributes, _, length in nodes:
+            if operator == "Constant" and outputs:
+                shapes[outputs[0]] = length  # it has no more numbers than bytes
+                if attributes:
+                    constants[outputs[0]] = next(iter(attributes.values()))
+        coming = {name for _, _, outputs, *_ in nodes for name in outputs}
+        for operator, inputs, outputs, attributes, bodies, _ in nodes:
             self._check_sizes(operator, inputs, attributes, constants)
+            shapes |= dict.fromkeys(coming.intersection(inputs), FOLDED)  # not in order: it may be a constant, and large
+            coming.difference_update(outputs)
+            self._fold(operator, inputs, outputs, constants, shapes)
             for body in bodies:
-                self._graph(*body, constants, depth + 1)
+                self._graph(*body, constants, shapes, depth + 1)
+
+    def _fold(
+        self, operator: str, inputs: list[str], outputs: list[str], constants: dict[str, list], shapes: dict[str, tuple | int]
+    ) -> None:
+        """Count what an operator makes of constants. ``shapes`` has theirs; a number where only the size is known."""
+        shaped = operator in ("Shape", "Size")  # constant wherever an input's shape is
+        if operator == "Constant" or not (shaped or all(name in shapes for name in inputs if name)):
+            return
+        made = 32 if shaped else _made(operator, [shapes.get(name, 1) for name in inputs], [constants.get(x) for x in inputs])
+        for output in outputs:
+            shapes[output] = made if _size(made) < FOLDED else FOLDED  # not to reckon with giants
+            self.folding += 1
+            self.folded += min(4 * _size(made), FOLDED)
 
     def _node(self, start: int, end: int) -> tuple[str, list[str], list[str], dict[str, list], list]:
         """Operator, names of inputs and outputs, attributes that are numbers, and places of bodies."""
@@ -214,7 +253,7 @@ class _File:
                     flat = bytes(self._content[place[0] : place[1]])
                     values = (values or []) + [value for (value,) in struct.iter_unpack("<f", flat[: len(flat) // 4 * 4])]
             elif number in (5, 10):
-                _, values = self._tensor(*place)
+                _, values, _ = self._tensor(*place)
             elif number in (6, 11):
                 bodies.append(place)
             elif number in (22, 23):
@@ -231,8 +270,8 @@ class _File:
             values.append(_signed(value))
         return values
 
-    def _tensor(self, start: int, end: int) -> tuple[str, list | None]:
-        """Name, and values if they are few."""
+    def _tensor(self, start: int, end: int) -> tuple[str, list | None, list[int]]:
+        """Name, values if they are few, and shape."""
         name, kind, sizes, stored, raw, numbers, floats = "", 0, [], 0, None, [], []
         kinds = {1: "*nm", 2: "n", 4: "fm", 5: "nm", 6: "m", 7: "nm", 8: "m", 9: "m", 10: "dm", 11: "nm", 13: "m", 14: "n"}
         for number, *place in self._fields(start, end, kinds):
@@ -265,17 +304,18 @@ class _File:
         if elements > held:
             raise self._damage(f"the tensor {name!r} has the shape {sizes}, but {raw[1] - raw[0] if raw else stored} bytes")
         if elements > _SHORT or kind not in _FORMATS:
-            return name, None
+            return name, None, sizes
         if raw:
             flat, form = bytes(self._content[raw[0] : raw[1]]), "<" + _FORMATS[kind]
-            return name, [
+            numbers = [
                 value
                 for (value,) in struct.iter_unpack(form, flat[: len(flat) // struct.calcsize(form) * struct.calcsize(form)])
             ]
+            return name, numbers, sizes
         if floats:
             flat = b"".join(bytes(self._content[at:stop]) for at, stop in floats)
-            return name, [value for (value,) in struct.iter_unpack("<f", flat[: len(flat) // 4 * 4])]
-        return name, numbers or None
+            return name, [value for (value,) in struct.iter_unpack("<f", flat[: len(flat) // 4 * 4])], sizes
+        return name, numbers or None, sizes
 
     def _value(self, start: int, end: int, inward: bool) -> None:
         """Check an input (``inward``) or output of a graph: its names are text, a fixed size of an input is not absurd."""
@@ -321,6 +361,39 @@ class _File:
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _size(shape: tuple | int) -> int:
+    return shape if isinstance(shape, int) else math.prod(shape)
+
+
+def _made(operator: str, shapes: list[tuple | int], values: list[list | None]) -> tuple | int:
+    """The shape that an operator makes of constants, or at most how many numbers."""
+    sizes = [_size(shape) for shape in shapes]
+    if operator == "Reshape" and len(values) > 1 and values[1] and all(type(size) is int and size > 0 for size in values[1]):
+        return tuple(values[1])
+    if operator in _SAME_SHAPE and shapes:
+        return shapes[0]
+    if operator in _SAME_SIZE and sizes:
+        return sizes[0]
+    if operator == "Concat":
+        return sum(sizes)
+    if operator == "Gather":
+        return math.prod(sizes)
+    if operator in _BROADCAST and all(isinstance(shape, tuple) for shape in shapes):
+        rank = max(map(len, shapes), default=0)
+        return tuple(map(max, zip(*((1,) * (rank - len(shape)) + shape for shape in shapes), strict=True)))
+    if operator in _BROADCAST:
+        return math.prod(sizes)
+    if operator == "ConstantOfShape" and values and values[0]:
+        return int(_product(values[0]))
+    if operator == "Range" and len(values) == 3 and all(values) and values[2][0]:
+        return int(abs(values[1][0] - values[0][0]) / abs(values[2][0])) + 1
+    if operator in ("Expand", "Tile") and len(values) == 2 and values[1]:
+        return int(sizes[0] * _product(values[1]))
+    if operator == "Pad" and len(values) > 1 and values[1]:
+        return int(sizes[0] * _around(values[1]))
+    return FOLDED
 
 
 def _product(values: list) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import numpy as np
 
 from w2s_jax import NORM_EPSILON, SAMPLING_RATE
 from w2s_jax.errors import MismatchError, UsageError, W2SError
-from w2s_jax.files import read_json
 from w2s_jax.kinds import FILES
 from w2s_jax.names import check_dimensions, line
 from w2s_jax.runtime.session import onnxruntime_errors, open_session, shrinking
@@ -21,6 +19,8 @@ from w2s_jax.runtime.session import onnxruntime_errors, open_session, shrinking
 SIGNAL, LOGITS = "signal", "logits"
 #: The other inputs and the other output of the kind "chunked".
 CARRIED, NEXT = ("state", "first", "last"), "next"
+#: The largest state of the kind "chunked" that a file may ask for, in features; the students here have some hundred.
+MOST_FEATURES = 1 << 16
 #: Samples of a block, where a recording is read block by block.
 BLOCK = 1 << 18
 #: Larger samples are refused: the mean of their squares, which the network divides by, would overflow float32.
@@ -33,8 +33,6 @@ MINIMUM_SAMPLES = 64
 RATES = 1000, 384_000
 #: The largest ``minimum_samples`` that a file may ask for: 10 minutes.
 LONGEST_MINIMUM = 600 * SAMPLING_RATE
-#: Of a model directory; names its files and their checksums.
-REPORT = "export.json"
 
 
 class Predictor:
@@ -82,7 +80,6 @@ class Predictor:
         dimensions: Sequence[str] | None = None,
     ):
         self.path = _model_file(Path(path), kind)
-        _check_checksum(self.path)
         self._made = threads, None if dimensions is None or isinstance(dimensions, str) else tuple(dimensions)
         self._session, _ = open_session(self.path, threads)
         outputs = self._check_ends()
@@ -316,20 +313,28 @@ class ChunkRunner:
         path: for messages.
 
     Raises:
-        W2SError: the metadata does not say how to cut.
+        W2SError: the metadata does not say how to cut, or the state has another shape.
     """
 
     def __init__(self, session, path: str | os.PathLike):
         self._session = session
         try:
-            cut = json.loads(session.get_modelmeta().custom_metadata_map["chunk"])
-            self._stride, self._halo, self._tokens, self._hop, self._n_fft = (
-                int(cut[key]) for key in ("stride", "halo", "tokens", "hop", "n_fft")
-            )
-            features = int(session.get_inputs()[1].shape[1])
-        except (KeyError, TypeError, ValueError) as error:
+            said = session.get_modelmeta().custom_metadata_map["chunk"]
+            cut = json.loads(said)
+            numbers = [cut[key] for key in ("stride", "halo", "tokens", "hop", "n_fft")]
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise W2SError(f"{path}: its metadata does not say how to cut a recording: {line(error, 300)}") from error
-        self._start = first_state(features)
+        self._stride, self._halo, self._tokens, self._hop, self._n_fft = numbers
+        whole = all(type(number) is int and 0 <= number <= LONGEST_MINIMUM for number in numbers)
+        if not whole or not self._stride * self._tokens * self._hop * self._n_fft or self._halo % self._stride:
+            raise W2SError(
+                f"{path}: its metadata says to cut a recording by {line(said, 100)}; expected whole numbers from 1 to "
+                f"{LONGEST_MINIMUM}, the halo a multiple of the stride"
+            )
+        shape = session.get_inputs()[1].shape
+        if len(shape) != 2 or shape[0] != 3 or not isinstance(shape[1], int) or not 0 < shape[1] <= MOST_FEATURES:
+            raise W2SError(f"{path}: expected a state [3, features], at most {MOST_FEATURES}, got {line(shape, 100)}")
+        self._start = first_state(shape[1])
 
     def __call__(self, wave: np.ndarray) -> np.ndarray:
         """float32 [T] → logits [1, D]; the normalisation is that of the whole recording."""
@@ -345,6 +350,8 @@ class ChunkRunner:
         power = sum(np.square(wave[block] - mean).sum(dtype=np.float64) for block in blocks) / len(wave)
         scale = 1 / np.sqrt(power + NORM_EPSILON)
         frames = 1 + (len(wave) - self._n_fft) // self._hop
+        if frames < 1:
+            raise UsageError(f"expected at least {self._n_fft} samples, got {len(wave)}")
         tokens = -(-frames // self._stride)
         for start in range(0, tokens, self._tokens):
             end = min(start + self._tokens, tokens)
@@ -426,23 +433,3 @@ def _check_samples(wave: np.ndarray, position: int, row: int | None = None) -> n
 def _whole(text: str) -> bool:
     """Whether it is a number in plain digits, not too long to be read."""
     return text.isascii() and text.isdecimal() and len(text) <= 15
-
-
-def _check_checksum(path: Path) -> None:
-    """Refuse a file whose checksum is not that in the export.json beside it; accept it if there is none.
-
-    Raises:
-        W2SError: names the file, and what to do.
-    """
-    report = path.parent / REPORT
-    if path.name not in FILES.values() or not report.is_file():
-        return
-    sums = read_json(report, "model").get("sha256")
-    expected = sums.get(path.name) if isinstance(sums, dict) else None
-    if expected is None:  # before 0.2
-        return
-    with open(path, "rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != expected:
-        reason = f"its SHA-256 begins with {actual[:12]}, but {line(expected, 12)} in {REPORT}"
-        raise W2SError(f"{path} is damaged: {reason}; copy or export it again")

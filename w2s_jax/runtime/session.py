@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import mmap
 import os
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from w2s_jax import machine
 from w2s_jax.errors import UsageError, W2SError
+from w2s_jax.files import read_json
+from w2s_jax.kinds import FILES
 from w2s_jax.names import line
 from w2s_jax.runtime import onnxfile
 
@@ -23,14 +26,17 @@ import onnxruntime
 if os.environ["ORT_DISABLE_TELEMETRY"].lower() not in ("", "0", "false"):
     onnxruntime.disable_telemetry_events()  # for one that was imported before
 
-#: Bytes of a constant that onnxruntime may compute while it loads a model.
-_FOLDED = 1 << 26
+#: Bytes of the largest file: neither protobuf nor FlatBuffers hold more.
+_LARGEST_FILE = (1 << 31) - 1
+#: Of a model directory; names its files and their checksums.
+REPORT = "export.json"
 
 
 def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[onnxruntime.InferenceSession, str]:
     """Open a model on the CPU: a session whose memory does not grow with the lengths of its inputs, and its name for messages.
 
-    Before anything is run, the file is checked (``onnxfile.check``). All sessions of a process together take at most
+    Before anything is run, the file is held against the checksum in the export.json beside it, if there is one, and checked
+    (``onnxfile.check``). All sessions of a process together take at most
     ``memory_limit()`` for their tensors.
 
     Args:
@@ -45,14 +51,15 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
     name = "the model" if content else str(source)
     if not content and not Path(source).is_file():
         raise UsageError(f"no model at {name}: no such file")
+    if not content and (size := Path(source).stat().st_size) > _LARGEST_FILE:
+        raise W2SError(f"{name} is refused: it has {size:,} bytes; no model has more than {_LARGEST_FILE:,}")
+    if not content:
+        _check_checksum(Path(source))
     if not content and Path(source).suffix == ".tflite":
         from w2s_jax.runtime import litert  # its interpreter is an extra
 
         return litert.Session(source, threads), name
-    if content:
-        onnxfile.check(source, name)
-    else:
-        _check_file(source, name)
+    folded = onnxfile.check(source, name) if content else _check_file(source, name)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
     # a pattern is kept for every length that was seen. The arena stays: without it the system provides every page again in
@@ -60,7 +67,7 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
     options.enable_mem_pattern = False
     options.log_severity_level = 4  # errors arrive as exceptions
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(_FOLDED))
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(folded))
     if _limited():
         options.add_session_config_entry("session.use_env_allocators", "1")
     with onnxruntime_errors(f"{name} is damaged or not an ONNX model"):
@@ -97,13 +104,35 @@ def shrinking() -> onnxruntime.RunOptions:
     return options
 
 
-def _check_file(path: str | os.PathLike, name: str) -> None:
+def _check_checksum(path: Path) -> None:
+    """Refuse a file that is not the one that the export.json beside it was written for; without one, or a sum in it, take it.
+
+    Raises:
+        W2SError: names the file, and what to do.
+    """
+    report = path.parent / REPORT
+    if path.name not in FILES.values() or not os.path.lexists(report):
+        return
+    if not report.exists():
+        raise W2SError(f"cannot check {path}: the {REPORT} beside it is a link to nothing; copy or export the directory again")
+    sums = read_json(report, "model").get("sha256")
+    expected = sums.get(path.name) if isinstance(sums, dict) else None
+    if expected is None:  # before 0.2
+        return
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        said = f"its SHA-256 begins with {found[:12]}, but {line(expected, 12)} in {REPORT}"
+        raise W2SError(f"{path} is damaged: {said}; copy or export it again")
+
+
+def _check_file(path: str | os.PathLike, name: str) -> int:
     try:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 raise W2SError(f"{name} is damaged or not an ONNX model: it is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                onnxfile.check(content, name)
+                return onnxfile.check(content, name)
     except OSError as error:
         raise W2SError(f"cannot read {name}: {error.strerror or error}") from error
 
