@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from w2s_jax import DIMENSIONS, __version__, machine, models
 from w2s_jax.kinds import FILES, KINDS
 from w2s_jax.names import line, markdown
-from w2s_jax.runtime.predictor import LOGITS, REPORT
+from w2s_jax.runtime.predictor import LOGITS
+from w2s_jax.runtime.session import REPORT
 
 SOURCE = "arXiv 2408.13920"
 #: The licences that Hugging Face knows under these names; any other is named in the card's text only.

@@ -26,7 +26,7 @@ from w2s_jax.kinds import DEFAULT, FILES, INTEGER_KINDS, KINDS
 from w2s_jax.measure import measure_kinds
 from w2s_jax.names import line
 from w2s_jax.runtime import Predictor
-from w2s_jax.runtime.predictor import REPORT
+from w2s_jax.runtime.session import REPORT
 
 #: Fewer calibration waves than this say nothing about the ranges, or about a CCC.
 LEAST_WAVES = 8
