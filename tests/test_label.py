@@ -340,7 +340,7 @@ HOLDER = """
 import sys
 from w2s_jax.locks import Shares
 with Shares(sys.argv[1]) as shares:
-    with shares.door():
+    with shares.exclusive():
         pass
     assert shares.take(int(sys.argv[2]))
     print("taken", flush=True)

@@ -583,7 +583,7 @@ def train(
             progress=report,
             say=lambda line: err.print(line, soft_wrap=True),
         )
-    if not heavy("parallel", "train").first():
+    if not heavy("parallel", "train").is_main_process():
         return
     scores = summary["validation_ccc"]
     found = ", ".join(f"{name} {score:.3f}" for name, score in scores.items()) if scores else "no validation views"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +61,9 @@ class Views:
     def __len__(self) -> int:
         return len(self.columns["view"])
 
-    def where(self, split: str, samples: int | None = None) -> np.ndarray:
-        """Row numbers of a split, of one length in samples if given: int64 [n]."""
-        chosen = self.columns["split"] == split
-        if samples is not None:
-            chosen &= self.columns["samples"] == samples
-        return np.flatnonzero(chosen)
+    def where(self, split: str) -> np.ndarray:
+        """Row numbers of a split: int64 [n]."""
+        return np.flatnonzero(self.columns["split"] == split)
 
     def check(self, bank: Bank) -> Views:
         """Refuse a bank that these views were not drawn from; returns the views.
@@ -106,6 +104,14 @@ class Views:
         table = pa.table({name: pa.array(self.columns[name]) for name in COLUMNS})
         table = table.replace_schema_metadata({"w2s": json.dumps({**self.about, "fingerprint": self.fingerprint})})
         write_atomic(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def batch_by_length(samples: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """Group int [n] lengths into batches of equal length, the shortest first: indices int64 [≤ batch_size] of each batch."""
+    for length in np.unique(samples):
+        members = np.flatnonzero(samples == length)
+        for at in range(0, len(members), batch_size):
+            yield members[at : at + batch_size]
 
 
 def read(path: str | os.PathLike) -> Views:

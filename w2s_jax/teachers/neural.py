@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,7 +10,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE
-from w2s_jax.devices import computing
+from w2s_jax.devices import computing, free_memory
 from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.files import fingerprint
 from w2s_jax.teachers import weights
@@ -159,7 +156,7 @@ class NeuralTeacher:
         with jax.default_matmul_precision(precision):
             run = jax.jit(lambda params, *inputs: self.module.apply({"params": params}, *inputs))
             compiled = run.lower(self.params, *inputs).compile()
-        free, needed = _free_memory(), getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
+        free, needed = free_memory(jax.local_devices()[0]), getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
         if jax.local_devices()[0].platform == "cpu":
             needed *= self.devices  # they share one memory
         if free is not None and needed > free:
@@ -173,22 +170,3 @@ class NeuralTeacher:
         advice = f"try --batch-size {fits}" if fits else "use shorter views, or a machine with more memory"
         views = f"{rows // self.devices} views of {samples / SAMPLING_RATE:.3g} s at once"
         return W2SError(f"teacher {self.name} needs {need} for {views}; {advice}")
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be had on the first local device, None if nobody knows."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if device.platform != "cpu" or not os.path.exists("/proc/meminfo"):
-        return None
-    # Linux grants memory that it does not have and kills the process that uses it
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    try:  # a container may have less than its machine
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return free
