@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import save_toy_teacher, voice
 
-from w2s_jax import evaluate, render, teachers
+from w2s_jax import evaluate, plots, render, teachers
 from w2s_jax import labels as store
 from w2s_jax import views as tables
 from w2s_jax.errors import MismatchError, UsageError, W2SError
@@ -204,9 +204,9 @@ def test_versions_checksums_and_renderings_of_labels_are_checked(bank, views, to
     with pytest.raises(MismatchError, match="version 99"):
         label(bank, views, teacher, out)
     write("plan.json")
-    monkeypatch.setattr(store, "RENDERING", 2)  # what another w2s_jax would hear of these views
+    monkeypatch.setattr(store, "RENDERING", 2)  # as in a later w2s_jax
     for use in (lambda: store.read(out, views), lambda: label(bank, views, teacher, out)):
-        with pytest.raises(MismatchError, match=r"views of rendering 1, a student would hear rendering 2; label again"):
+        with pytest.raises(MismatchError, match=r"views of rendering 1, this w2s_jax renders version 2; label again"):
             use()
 
 
@@ -271,7 +271,7 @@ def test_few_clips_have_no_interval_and_a_note(tmp_path):
             ends = scores[name]["low"], scores[name]["high"]
             assert ends == (None, None) if clips < 10 else ends[0] <= scores[name]["ccc"] <= ends[1]
         panel = ("teacher", ("a", "b"), predicted, target, scores)
-        evaluate.scatter(tmp_path / f"{clips}.png", [panel], "few")
+        plots.scatter(tmp_path / f"{clips}.png", [panel], "few")
     assert evaluate._notes(30, "clips") == []
 
 
