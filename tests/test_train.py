@@ -35,8 +35,8 @@ from w2s_jax.files import fingerprint
 from w2s_jax.label import label
 from w2s_jax.losses import ccc, distillation_loss
 from w2s_jax.train import step, units
+from w2s_jax.train.checkpoints import Checkpoints
 from w2s_jax.train.loop import training_flops
-from w2s_jax.train.resume import Checkpoints
 from w2s_jax.views import draw
 
 #: What a line of metrics.jsonl says of the machine; the rest is the same wherever a run was interrupted.

@@ -3,52 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from w2s_jax import __version__, checkpoint, convert, metrics, models, plots
+from w2s_jax import checkpoint, metrics, models, plots
 from w2s_jax.bank import Bank
 from w2s_jax.devices import computing, memory_use, peak_flops
-from w2s_jax.errors import UsageError, W2SError
+from w2s_jax.errors import W2SError
 from w2s_jax.evaluate import predict_views
-from w2s_jax.feed import Batches, DeviceFeed, HostFeed, StepInput, divide, plan
-from w2s_jax.files import read_json, write_json
+from w2s_jax.feed import DeviceFeed, HostFeed, StepInput, plan
 from w2s_jax.labels import Labels
 from w2s_jax.locks import locked
 from w2s_jax.log import Log, trace
-from w2s_jax.models import forms, native
-from w2s_jax.parallel import (
-    PARALLEL,
-    Jit,
-    Layout,
-    Pmap,
-    gather_rows,
-    is_main_process,
-    lay_out,
-    max_over_processes,
-    translate_lost_process,
-    wait_for_all,
-)
+from w2s_jax.models import native
+from w2s_jax.parallel import gather_rows, is_main_process, max_over_processes, translate_lost_process, wait_for_all
 from w2s_jax.train import units
-from w2s_jax.train.resume import NUMERICS, VERSION, Checkpoints, check_resumable, recorded_settings
+from w2s_jax.train.checkpoints import Checkpoints
+from w2s_jax.train.run import Run, check_resumable
 from w2s_jax.train.step import State, initial_state, train_steps
 from w2s_jax.views import Views
 
@@ -133,209 +117,7 @@ def train(
         state, frontend, best = run.restore(checkpoints, state, variables["frontend"])
         run.write_config(int(state.step), planned_steps)
         log = contexts.enter_context(Log(run.workdir, int(state.step), active=is_main_process()))
-        return _Loop(run, frontend, best, log, checkpoints, signals).run(state)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Run:
-    """A run: the arguments of ``train``, and all that follows from them before the first step."""
-
-    config: ConfigDict
-    bank: Bank
-    views: Views
-    labels: Labels
-    workdir: Path
-    profile: bool = False
-    progress: Callable[..., None] | None = None
-    say: Callable[[str], None] | None = None
-
-    def check(self) -> None:
-        """Refuse settings and views that cannot be trained on.
-
-        Raises:
-            UsageError, MismatchError: as ``train``.
-        """
-        config = self.config
-        self.views.check(self.bank)
-        if not len(self.training_views):
-            raise UsageError("the views have no training split; build the bank with one")
-        if len(self.validation_views) == 1:
-            raise UsageError(
-                "there is one validation view, and a CCC compares how values vary: it needs two at least. Draw more of each "
-                "clip (w2s views draw --eval-per-clip), or build the bank with more validation clips"
-            )
-        if config.steps < 1 or config.batch_size < 2 or config.eval_every < 1 or config.log_every < 1:
-            raise UsageError("expected steps ≥ 1, batch_size ≥ 2 (CCC belongs to a set), eval_every ≥ 1, log_every ≥ 1")
-        if not 0 < config.crop <= 1:
-            raise UsageError(f"crop is the share of a view that a step is given, above 0 and at most 1; got {config.crop}")
-        if config.parallel not in PARALLEL:
-            raise UsageError(f"parallel is {config.parallel!r}; expected {' or '.join(PARALLEL)}")
-
-    def message(self, text: str) -> None:
-        """Pass a message to ``say``, in the main process."""
-        if self.say and is_main_process():
-            self.say(text)
-
-    @cached_property
-    def training_views(self) -> np.ndarray:
-        return self.views.where("train")
-
-    @cached_property
-    def validation_views(self) -> np.ndarray:
-        return self.views.where("validation")
-
-    @cached_property
-    def units(self) -> units.Units:
-        """Of the training labels."""
-        return units.measure(self.labels.values[self.training_views])
-
-    @cached_property
-    def schedule(self) -> optax.Schedule:
-        """The learning rate: a linear warm-up, then a cosine decay to 0."""
-        steps, warmup = self.config.steps, self.config.warmup
-        return optax.warmup_cosine_decay_schedule(
-            0.0, self.config.learning_rate, max(1, round(warmup * steps)), max(2, steps)
-        )  # fmt: skip
-
-    @cached_property
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW with clipped gradients; only kernels decay, scales and biases do not."""
-
-        def is_kernel(params: dict) -> dict:
-            return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-
-        return optax.chain(
-            optax.clip_by_global_norm(self.config.clip_norm),
-            optax.adamw(self.schedule, weight_decay=self.config.weight_decay, mask=is_kernel),
-        )
-
-    @cached_property
-    def layout(self) -> Layout:
-        """Devices and data shards: ``config.data_shards``, or where that is 0 the number that the run was started with."""
-        data_shards, path = self.config.data_shards, self.workdir / "config.json"
-        if not data_shards and path.exists():
-            data_shards = read_json(path, "run").get("config", {}).get("data_shards", 0)
-        return lay_out(data_shards, self.config.batch_size, self.config.accumulate)
-
-    @cached_property
-    def parallel(self) -> Jit | Pmap:
-        return PARALLEL[self.config.parallel](self.layout)
-
-    @cached_property
-    def fields(self) -> dict:
-        """Fields of the student's module."""
-        return {"dimensions": len(self.labels.dimensions), **self.config.fields.to_dict()}
-
-    @cached_property
-    def student(self) -> nn.Module:
-        return models.build(self.config.student, **self.fields)
-
-    @cached_property
-    def training_student(self) -> nn.Module:
-        """The student with the fields that say how it is computed in training."""
-        fields = {"axis_name": self.parallel.axis_name, "dtype": self.config.dtype, "form": self.config.form}
-        defaults = {"axis_name": None, "dtype": "float32", "form": "auto"}
-        changed = {name: value for name, value in fields.items() if value != defaults[name]}
-        return models.build(self.config.student, **self.fields, **changed)
-
-    @cached_property
-    def kernel(self) -> str:
-        """What computes the student's convolutions in training."""
-        form, dtype = getattr(self.training_student, "form", None), jnp.dtype(self.config.dtype)
-        if form is None:
-            return "xla"
-        shape = (getattr(self.training_student, "kernel", 3), getattr(self.training_student, "stride", 1))
-        return "native" if forms.trains_natively(form, *shape, dtype, self.parallel.axis_name) else forms.chosen(form)
-
-    @cached_property
-    def pretrained(self) -> tuple[dict, dict | None]:
-        """Variables that the student takes over from ``config.pretrained``, and their provenance."""
-        source = self.config.pretrained
-        if not source:
-            return {}, None
-        if not Path(source).exists() and ocp.utils.checkpoint_steps(self.workdir / "checkpoints"):
-            # a checkpoint has all that a resumed run needs; without the weights only their name can be compared
-            recorded = read_json(self.workdir / "config.json", "run").get("pretrained")
-            if recorded and recorded["source"] == convert.last_name(source):
-                return {}, recorded
-        return convert.start(self.config.student, self.student, self.labels.dimensions, source)
-
-    @cached_property
-    def shard_of_view(self) -> np.ndarray:
-        """The data shard of each training view, int32 [V]."""
-        return divide(self.views.columns["clip"][self.training_views], self.layout.data_shards)
-
-    @cached_property
-    def batches(self) -> Batches:
-        config, samples = self.config, self.views.columns["samples"][self.training_views]
-        return Batches(
-            samples, config.batch_size, config.steps, config.seed, self.shard_of_view, self.layout.data_shards
-        )  # fmt: skip
-
-    @cached_property
-    def about(self) -> dict:
-        """The content of config.json: what makes this run another one than others."""
-        config = recorded_settings(json.loads(self.config.to_json()))
-        return {
-            "format": "w2s-run",
-            "version": VERSION,
-            "config": config | {"data_shards": self.layout.data_shards},
-            "pretrained": self.pretrained[1],
-            "bank": self.bank.fingerprint,
-            "views": self.views.fingerprint,
-            "teacher": self.labels.about["teacher"],
-            "numerics": NUMERICS,
-            "computed": {"kernel": self.kernel, "platform": jax.default_backend(), "jax": jax.__version__},
-            "w2s_jax": __version__,
-        }
-
-    def write_config(self, done: int, planned_steps: int) -> None:
-        """Write config.json. ``planned_steps`` is the length that the run had before.
-
-        Raises:
-            UsageError: more steps are done than the run shall have.
-        """
-        steps = self.config.steps
-        if done > steps:
-            raise UsageError(f"{self.workdir} has {done} steps behind it, more than steps={steps}; set steps to more than that")
-        if is_main_process():
-            write_json(self.workdir / "config.json", self.about)
-        if steps != planned_steps:
-            self.message(
-                f"the run was to have {planned_steps} steps and now has {steps}: it goes on from step {done} with the "
-                f"schedule over {steps} steps, where the learning rate is {float(self.schedule(done)):.3g} now"
-            )
-
-    def initial_variables(self) -> dict:
-        """The student's variables before the first step: random, or taken over from ``config.pretrained``.
-
-        Raises:
-            UsageError: the student needs longer views.
-        """
-        shortest = int(self.config.crop * min(self.batches.lengths))
-        if shortest < self.student.minimum_samples:
-            raise UsageError(
-                f"a step is given {shortest} samples of the shortest views; {self.config.student} needs "
-                f"{self.student.minimum_samples}: draw longer views, or set crop=1"
-            )
-        init = jax.jit(self.student.init)  # compiled, because most of an eager init is a forward pass that is not needed
-        variables = init(jax.random.key(self.config.seed), jnp.zeros((1, int(self.batches.lengths[0]))))
-        taken = jax.tree.map(jnp.asarray, self.pretrained[0])
-        if "adv" in taken.get("params", {}):
-            taken["params"] = units.unfold_units(taken["params"], self.units)
-        return jax.device_get({name: {**tree, **taken.get(name, {})} for name, tree in variables.items()})
-
-    def checkpoint_trees(self, state: State, frontend: dict) -> dict:
-        """The arrays of a checkpoint. A front end that was taken over can differ from what ``init`` computes."""
-        return {"state": state, "frontend": frontend} if self.pretrained[1] else {"state": state}
-
-    def restore(self, checkpoints: Checkpoints, state: State, frontend: dict) -> tuple[State, dict, dict]:
-        """State, front end and best evaluation of the last checkpoint, or of step 0."""
-        restored = checkpoints.restore(self.checkpoint_trees(state, frontend))
-        if restored is None:
-            return state, frontend, {"step": 0, "ccc": None}
-        trees, best = restored
-        return trees["state"], trees.get("frontend", frontend), best
+        return _Loop(run, int(state.step), frontend, best, log, checkpoints, signals).run(state)
 
 
 class _Dispatch(NamedTuple):
@@ -352,19 +134,19 @@ class _Dispatch(NamedTuple):
 class _Loop:
     """Runs the steps of a run."""
 
-    def __init__(self, run: Run, frontend: dict, best: dict, log: Log, checkpoints: Checkpoints, signals: _Signals) -> None:
+    def __init__(self, run: Run, step: int, frontend: dict, best: dict, log: Log, checkpoints: Checkpoints, signals) -> None:
         self._run, self._frontend, self._best = run, frontend, best
         self._log, self._checkpoints, self._signals = log, checkpoints, signals
         self._progress = run.progress if is_main_process() else None
         peak = peak_flops(jax.local_devices()[0], run.config.dtype)
         # the devices of a CPU share its cores
         count = jax.process_count() if jax.default_backend() == "cpu" else len(run.layout.devices)
-        self._speed = _Speed(run.config.batch_size, peak and peak * count)
+        self._speed = _Speed(run.config.batch_size, peak and peak * count, step)
         self._flops = lru_cache(partial(training_flops, run.student))
         self._apply = jax.jit(partial(run.student.apply, train=False))
 
     def run(self, state: State) -> dict:
-        config, workdir, speed = self._run.config, self._run.workdir, self._speed
+        config, workdir = self._run.config, self._run.workdir
         done = int(state.step)
         pending = None  # a dispatch whose metrics were not read yet: the devices get the next one first
         for dispatch in self._dispatches(self._run.parallel.replicate(state), done):
@@ -378,16 +160,17 @@ class _Loop:
             pending = None
             stopped = max_over_processes(self._signals.received)
             if evaluates or stopped:
-                with speed.paused():
-                    if evaluates:
-                        self._evaluate(dispatch.state, done)
-                    trees = self._run.checkpoint_trees(jax.device_get(dispatch.state), self._frontend)
-                    self._checkpoints.save(done, trees, self._best)
+                began = time.perf_counter()
+                if evaluates:
+                    self._evaluate(dispatch.state, done)
+                trees = self._run.checkpoint_trees(jax.device_get(dispatch.state), self._frontend)
+                self._checkpoints.save(done, trees, self._best)
+                self._speed.paused += time.perf_counter() - began
             if stopped:
                 self._checkpoints.wait()
                 wait_for_all("stopped")  # a launcher may kill the rest when one process ends
                 raise Interrupted(stopped, done, workdir)
-        seconds = speed.seconds()
+        seconds, speed = self._speed.seconds, self._speed.figures(done).get("clips_per_second")
         self._checkpoints.wait()
         if is_main_process():
             plots.plot_run(workdir)
@@ -396,7 +179,7 @@ class _Loop:
             "steps": config.steps,
             "best_step": self._best["step"],
             "validation_ccc": self._best["ccc"],
-            "clips_per_second": speed.clips_per_second(done),
+            "clips_per_second": speed and round(speed, 1),
             "seconds": round(seconds, 1),
             "picture": str(workdir / "training.png"),
         }
@@ -450,8 +233,9 @@ class _Loop:
             while done < config.steps:
                 next_evaluation = (done // config.eval_every + 1) * config.eval_every
                 end = min(done + scan, config.steps, run.batches.next_run(done), next_evaluation)
-                with self._speed.waiting():
-                    chunk = StepInput(*zip(*(next(inputs) for _ in range(done, end)), strict=True))
+                began = time.perf_counter()
+                chunk = StepInput(*zip(*(next(inputs) for _ in range(done, end)), strict=True))
+                self._speed.waited += time.perf_counter() - began
                 shape = chunk.samples[0], end - done
                 begins = run.profile and not traced and shape in compiled  # or compiling would fill the trace
                 if begins or traced == TRACED_DISPATCHES:
@@ -558,70 +342,46 @@ class _Loop:
 
 
 class _Speed:
-    """Clips per second and shares of the time since the first dispatch ended, which compiles; pauses are not counted.
+    """Clips per second and shares of time, since the end of the first dispatch, which compiles.
 
     Args:
         batch_size: clips in a step.
         limit: FLOP/s that the devices can compute, if that is known.
+        step: the number of steps that are done.
     """
 
-    def __init__(self, batch_size: int, limit: float | None) -> None:
-        self._batch_size, self._limit = batch_size, limit
-        self._began, self._first_step, self._waited, self._flops = None, 0, 0.0, 0
+    def __init__(self, batch_size: int, limit: float | None, step: int) -> None:
+        self._batch_size, self._limit, self._first_step = batch_size, limit, step
+        self._began, self.waited, self.paused, self._flops = None, 0.0, 0.0, 0  # waited for data, paused: seconds
 
     def add(self, flops: int, step: int) -> None:
         """Count the steps up to ``step``, which took ``flops`` operations."""
         self._flops += flops
         if self._began is None:
-            self._began, self._first_step, self._waited, self._flops = time.perf_counter(), step, 0.0, 0
+            self._began, self._first_step = time.perf_counter(), step
+            self.waited, self.paused, self._flops = 0.0, 0.0, 0
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
-        began = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - began
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out the time inside."""
-        began = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - began
-
+    @property
     def seconds(self) -> float:
-        return 0.0 if self._began is None else time.perf_counter() - self._began
-
-    def clips_per_second(self, step: int) -> float | None:
-        """Of all steps up to ``step``; None if there are none."""
-        if self._began is None or step <= self._first_step:
-            return None
-        return round((step - self._first_step) * self._batch_size / self.seconds(), 1)
+        return 0.0 if self._began is None else time.perf_counter() - self._began - self.paused
 
     def figures(self, step: int) -> dict[str, float]:
-        """What metrics.jsonl says about speed after ``step``."""
-        if step <= self._first_step:
+        """What metrics.jsonl records about speed after ``step``."""
+        if step == self._first_step:
             return {}
-        seconds = self.seconds()
-        figures = {
-            "clips_per_second": (step - self._first_step) * self._batch_size / seconds,
-            "waiting_share": self._waited / seconds,
-        }
+        seconds, clips = self.seconds, (step - self._first_step) * self._batch_size
+        figures = {"clips_per_second": clips / seconds, "waiting_share": self.waited / seconds}
         return figures | ({"arithmetic_share": self._flops / seconds / self._limit} if self._limit else {})
 
 
 def training_flops(student: nn.Module, samples: int) -> int:
-    """Floating-point operations of training on one clip of ``samples``: 2 per multiply-accumulate, 3 × the forward pass.
+    """Floating-point operations of training on one clip: 2 per multiply-accumulate, 3 × those of the forward pass.
 
-    The three are the forward pass, the gradient of the inputs and that of the weights. The front end's are counted as if it
-    were trained, too: 3 % of Wav2Small. Optimiser, BatchNorm and activations are not counted.
+    The three are the forward pass, the gradient of the inputs and that of the weights. The front end is counted as if it were
+    trained, too (3 % of Wav2Small); optimiser, BatchNorm and activations are not counted.
 
-    Raises:
-        UsageError: the clip is too short for the student.
-
-    Example:
-        >>> training_flops(models.build("wav2small"), 80_000)
-        2345802246
+    >>> training_flops(models.build("wav2small"), 80_000)
+    2345802246
     """
     return 2 * 3 * models.macs(student, samples)
 

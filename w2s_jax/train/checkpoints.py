@@ -1,4 +1,4 @@
-"""What a run can be resumed from: config.json, which says what run a directory holds, and checkpoints."""
+"""The checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -16,73 +16,10 @@ import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict
 
-from w2s_jax.errors import MismatchError, UsageError, W2SError
-from w2s_jax.files import fingerprint, read_json
+from w2s_jax.errors import W2SError
+from w2s_jax.files import fingerprint
 from w2s_jax.parallel import is_main_process
-
-#: Raised by every change to this package that makes a run compute other numbers from the same settings. A run is resumed only
-#: with the version that it was started with.
-NUMERICS = 1
-#: The format of a run's config.json.
-VERSION = 1
-
-#: Settings that may change when a run is resumed: its length, and how often it is evaluated and logged.
-_LENGTH = ("steps", "eval_every", "log_every")
-#: Settings that config.json leaves out: they say where and how a run is computed, not what it computes. Weights to start from
-#: are identified by their content, not by their path.
-_UNRECORDED = {"pretrained", "parallel", "bank_placement", "bank_gib", "workers", "scan_steps"}
-
-
-def recorded_settings(config: dict) -> dict:
-    """The settings that identify a run."""
-    return {key: value for key, value in config.items() if key not in _UNRECORDED}
-
-
-def check_resumable(workdir: Path, about: dict) -> int:
-    """Refuse a directory that holds another run than ``about``, the content of config.json, describes.
-
-    Returns:
-        The number of steps that the run in the directory was planned for; without one, that of ``about``.
-
-    Raises:
-        UsageError: config.json has another version.
-        MismatchError: another run; lists the differences.
-
-    Warns:
-        UserWarning: another kernel, platform or JAX, which round differently.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        return about["config"]["steps"]
-    before = read_json(path, "run")
-    version = before.get("version", 1)
-    if version != VERSION:
-        raise UsageError(f"{path} has version {version}, expected {VERSION}; another version of w2s_jax made this run")
-    old, new = flatten_dict(before, sep="."), flatten_dict(about, sep=".")
-    old.setdefault("numerics", 1)  # runs of 0.1 do not record it
-    free = {"format", "version", "w2s_jax", *(f"config.{name}" for name in _LENGTH)}
-    differing = [key for key in old | new if old.get(key) != new.get(key) and key not in free]
-    rounding = [key for key in differing if key.startswith("computed.") and key in old]
-    differing = [key for key in differing if not key.startswith("computed.")]
-
-    def describe(keys: list[str]) -> str:
-        return "; ".join(f"{key.removeprefix('computed.')}: {old.get(key)} there, {new.get(key)} now" for key in keys)
-
-    if differing:
-        made = f", made by w2s_jax {old.get('w2s_jax')}," if "numerics" in differing else ""
-        raise MismatchError(
-            f"{workdir} holds another run{made} ({describe(differing)}); choose another --workdir, or delete it"
-        )
-    if rounding and is_main_process():
-        warnings.warn(
-            f"{workdir} was computed in another way so far ({describe(rounding)}); it goes on, but will not end bit for bit "
-            "where an unbroken run ends",
-            stacklevel=2,
-        )
-    steps = old.get("config.steps")
-    return steps if isinstance(steps, int) else about["config"]["steps"]
 
 
 class Checkpoints:
