@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import TINY
 from golden.mobilenet import weights
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pmap_against_jit import small_step
 from safetensors.numpy import save_file
 
@@ -33,7 +32,7 @@ from w2s_jax.evaluate import evaluate, predict_views
 from w2s_jax.export import package
 from w2s_jax.files import fingerprint
 from w2s_jax.label import label
-from w2s_jax.losses import ccc, distillation_loss
+from w2s_jax.losses import distillation_loss
 from w2s_jax.train import step, units
 from w2s_jax.train.checkpoints import Checkpoints
 from w2s_jax.train.loop import training_flops
@@ -41,14 +40,6 @@ from w2s_jax.views import draw
 
 #: What a line of metrics.jsonl says of the machine; the rest is the same wherever a run was interrupted.
 SPEED = ("clips_per_second", "waiting_share", "arithmetic_share")
-TINY = ["fields.channels=2", "steps=12", "batch_size=6", "eval_every=4", "log_every=2"]
-
-
-@pytest.fixture(scope="session")
-def run(bank, views, labels, tmp_path_factory):
-    """An unbroken run and its summary."""
-    workdir = tmp_path_factory.mktemp("run")
-    return workdir, training.train(config.load("wav2small", TINY), bank, views, labels, workdir)
 
 
 def trained(workdir):
@@ -58,31 +49,6 @@ def trained(workdir):
         for figure in [key for key in line if key in SPEED or key.startswith("memory_")]:
             del line[figure]
     return lines, (workdir / "student" / "model.safetensors").read_bytes(), (workdir / "student" / "config.json").read_text()
-
-
-def test_ccc_is_lins():
-    # Lin 1989 by numpy's own moments
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((200, 3)).astype(np.float32)
-    y = (0.5 * x + rng.standard_normal((200, 3)) + [0, 1, 5]).astype(np.float32)
-    for d in range(3):
-        c = np.cov(x[:, d], y[:, d], bias=True)
-        expected = 2 * c[0, 1] / (c[0, 0] + c[1, 1] + (x[:, d].mean() - y[:, d].mean()) ** 2)
-        np.testing.assert_allclose(ccc(x, y)[d], expected, rtol=1e-5)
-
-
-@given(st.floats(-100, 100, width=32), st.floats(-100, 100, width=32), st.booleans())
-@settings(max_examples=50, deadline=None)
-def test_loss_and_gradient_are_finite_without_spread(p, t, same):
-    prediction, target = jnp.full((4, 2), p), jnp.full((4, 2), p if same else t)
-    (loss, _), gradient = jax.value_and_grad(distillation_loss, has_aux=True)(prediction, target, l2=0.1)
-    assert jnp.isfinite(loss)
-    assert jnp.isfinite(gradient).all()
-
-
-def test_loss_shapes_are_checked():
-    with pytest.raises(ValueError, match=r"\(4, 1\)"):
-        ccc(jnp.zeros((4, 1)), jnp.zeros((4, 3)))
 
 
 @pytest.mark.slow
@@ -383,17 +349,6 @@ def test_another_run_is_refused_with_the_difference(run, bank, views, labels):
         training.train(config.load("wav2small_17k", TINY), bank, views, labels, run[0])
 
 
-def test_a_student_of_another_shape_is_refused(run, tmp_path):
-    source = run[0] / "student"
-    about = json.loads((source / "config.json").read_text())
-    about["fields"]["channels"] = 3
-    del about["checksum"]
-    (tmp_path / "config.json").write_text(json.dumps(about))
-    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    with pytest.raises(MismatchError, match=r"params/vgg7/l1/conv/kernel: \(3, 3, 1, 2\), expected \(3, 3, 1, 3\)"):
-        checkpoint.load_student(tmp_path)
-
-
 def test_a_loss_that_is_not_finite_names_its_views(bank, views, labels, tmp_path, monkeypatch):
     settings, seen = config.load("wav2small", TINY), []
     real = feed.Batches.__call__
@@ -418,35 +373,6 @@ def test_a_loss_that_is_not_finite_names_its_views(bank, views, labels, tmp_path
 def test_wrong_settings_are_refused(setting, message, bank, views, labels, tmp_path):
     with pytest.raises(UsageError, match=message):
         training.train(config.load("wav2small", [setting]), bank, views, labels, tmp_path)
-
-
-def test_experiments_are_python_files(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "from w2s_jax.config import default\nVARIANTS = {'': {}, 'long': {'steps': 9}}\n"
-        "def get_config(variant=''):\n    c = default()\n    c.update(VARIANTS[variant])\n    return c\n"
-    )
-    assert config.load(f"{path}:long").steps == 9
-    assert config.load(str(path), ["learning_rate=1"]).learning_rate == 1.0
-    with pytest.raises(UsageError, match="it has: , long"):
-        config.load(f"{path}:short")
-    with pytest.raises(UsageError, match="no such file"):
-        config.load(str(tmp_path / "none.py"))
-
-
-def test_evaluation_against_teacher_and_people(run, bank, views, labels, tmp_path):
-    report = evaluate(run[0], bank, views, labels, out=tmp_path)
-    rows = views.where("test")
-    student, variables, _ = checkpoint.load_student(run[0])
-    predicted = predict_views(jax.jit(lambda waves: student.apply(variables, waves)), bank, views, rows)
-    expected = metrics.ccc(predicted, labels.values[rows])
-    for at, name in enumerate(labels.dimensions):
-        score = report["teacher"][name]
-        assert abs(score["ccc"] - expected[at]) < 1e-4
-        assert (score["low"], score["high"]) == (None, None)  # four clips are too few
-    assert set(report["human"]) == {"arousal", "dominance", "valence", "mean"}
-    assert (tmp_path / "eval_test.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "eval_test.json").read_text()) == report
 
 
 def test_one_validation_view_has_no_ccc(bank, views, labels, tmp_path):
