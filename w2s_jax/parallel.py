@@ -31,6 +31,7 @@ class Layout(NamedTuple):
 
     @property
     def shards_per_device(self) -> int:
+        """Data shards of one device."""
         return self.data_shards // len(self.devices)
 
     @property

@@ -86,15 +86,17 @@ class Run:
 
     @cached_property
     def training_views(self) -> np.ndarray:
+        """Rows of the views that are trained on."""
         return self.views.where("train")
 
     @cached_property
     def validation_views(self) -> np.ndarray:
+        """Rows of the views that the best student is chosen on."""
         return self.views.where("validation")
 
     @cached_property
     def units(self) -> units.Units:
-        """Of the training labels."""
+        """Mean and deviation of the training labels."""
         return units.measure(self.labels.values[self.training_views])
 
     @cached_property
@@ -125,6 +127,7 @@ class Run:
 
     @cached_property
     def parallel(self) -> Jit | Pmap:
+        """How the devices run a step together."""
         return PARALLEL[self.config.parallel](self.layout)
 
     @cached_property
@@ -134,6 +137,7 @@ class Run:
 
     @cached_property
     def student(self) -> nn.Module:
+        """The module that is evaluated and saved."""
         return models.build(self.config.student, **self.fields)
 
     @cached_property
@@ -173,6 +177,7 @@ class Run:
 
     @cached_property
     def batches(self) -> Batches:
+        """The views of every step."""
         samples, config = self.views.columns["samples"][self.training_views], self.config
         divided = self.shard_of_view, self.layout.data_shards
         return Batches(samples, config.batch_size, config.steps, config.seed, *divided)
