@@ -116,7 +116,7 @@ def ours(name: str, fields: dict, batch: int, samples: int, steps: int, bank, ta
     student = models.build(name, **fields)
     variables = jax.jit(student.init)(jax.random.key(0), jnp.zeros((1, samples)))
     optimizer = optax.adamw(1e-3)
-    step = partial(train_step, student=student, frontend=variables["frontend"], optimizer=optimizer, l2=0.1, ema=0.98)
+    how = {"student": student, "frontend": variables["frontend"], "optimizer": optimizer, "l2": 0.1, "ema": 0.98}
     state = initial_state(variables, optimizer)
     if steps:
         targets = jnp.asarray(rng.standard_normal((VIEWS, 3)), jnp.float32)
@@ -124,12 +124,12 @@ def ours(name: str, fields: dict, batch: int, samples: int, steps: int, bank, ta
 
         @partial(jax.jit, donate_argnums=0)
         def dispatch(state, data, chosen):
-            return train_steps(state, chosen, partial(DeviceFeed.hear, data, samples=samples), step)
+            return train_steps(state, data, chosen, samples, render_batch=DeviceFeed.render_batch, **how)
 
         arguments = ((bank, table, targets), chosen)
     else:
         waves = jnp.asarray(rng.standard_normal((batch, samples)), jnp.float32)
-        dispatch = jax.jit(step, donate_argnums=0)
+        dispatch = jax.jit(partial(train_step, **how), donate_argnums=0)
         arguments = ((waves, jnp.asarray(rng.standard_normal((batch, 3)), jnp.float32)),)
 
     def run() -> None:

@@ -1,7 +1,7 @@
 """Wav2Small at three sizes: a laptop, one GPU, and the paper's data on a pod.
 
 Claim: one student, one set of settings per unit of hardware; what a larger machine changes is the number of clips in a batch,
-the learning rate and the precision, nothing else. A batch takes equally many views from each of ``data_shards`` groups of
+the learning rate and the precision, nothing else. A batch takes equally many views from each of ``data_shards`` sets of
 clips, on every number of devices that divides them, so a run can move between machines.
 
     w2s train experiments/recipes.py:laptop --bank BANK --views VIEWS --labels LABELS --workdir RUN

@@ -19,8 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from w2s_jax import SAMPLING_RATE, models, observe
+from w2s_jax import SAMPLING_RATE, models
 from w2s_jax.models.forms import Dense, FormedConvolution
+from w2s_jax.train.loop import training_flops
 
 HOURS, VIEW_SECONDS = 100_000, 5
 SAMPLES = VIEW_SECONDS * SAMPLING_RATE
@@ -127,7 +128,7 @@ def report(size: int, per_chip: int, share: float) -> str:
     shapes = jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLES)))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
     norms = len(jax.tree.leaves(shapes["batch_stats"])) // 2  # a mean and a variance each
-    elements, flops, clips = activations(student), observe.flops(student, SAMPLES), HOURS * 3600 // VIEW_SECONDS
+    elements, flops, clips = activations(student), training_flops(student, SAMPLES), HOURS * 3600 // VIEW_SECONDS
     traffic, fused, audio = elements * size * PASSES, elements * size * PASSES_FUSED, 2 * SAMPLES
     rate = {chip: share * min(speed(chip, traffic, flops)) for chip in (H100, V5E)}
 

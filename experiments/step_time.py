@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from w2s_jax import SAMPLING_RATE, models
-from w2s_jax.train import initial_state, scan_steps, train_step
+from w2s_jax.train.step import initial_state, scan_steps, train_step
 
 
 def ours(name: str, fields: dict, waves: np.ndarray, targets: np.ndarray, length: int):

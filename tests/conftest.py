@@ -32,6 +32,21 @@ def voice(seconds: float, seed: int, pitch: float = 120.0) -> np.ndarray:
     return (0.3 * wave / np.abs(wave).max()).astype(np.float32)
 
 
+#: Settings of a training of seconds.
+TINY = ["fields.channels=2", "steps=12", "batch_size=6", "eval_every=4", "log_every=2"]
+
+
+def flipped(path, count, seed=0):
+    """Write a file with one random bit turned over, ``count`` times, and then as it was."""
+    whole, random = path.read_bytes(), np.random.default_rng(seed)
+    for bit in random.integers(len(whole) * 8, size=count):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(damaged)
+        yield int(bit)
+    path.write_bytes(whole)
+
+
 @pytest.fixture
 def compiled_at_once():
     """What is run once need not be fast: XLA compiles deep networks in a fraction of the time."""
@@ -151,3 +166,12 @@ def checkpoints(tmp_path_factory) -> Path:
         state = {key.removeprefix(f"{kind}:"): golden[key] for key in golden.files if key.startswith(f"{kind}:")}
         save_file(state, root / kind / "model.safetensors")
     return root
+
+
+@pytest.fixture(scope="session")
+def run(bank, views, labels, tmp_path_factory):
+    """An unbroken run and its summary."""
+    from w2s_jax import config, train
+
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train.train(config.load("wav2small", TINY), bank, views, labels, workdir)

@@ -1,5 +1,6 @@
-"""Three steps on all devices, under pmap and under jit with a batch that is sharded over a mesh, against jit on one; each from
-the same state. Prints the devices, the relative difference of the losses, the largest difference of the parameters.
+"""Three steps on all devices, by ``parallel.Jit``, by ``parallel.Pmap`` and by jit alone with a batch that is sharded over a
+mesh, against jit on one device; each from the same state. Prints the devices, the relative difference of the losses, the
+largest difference of the parameters.
 
 Steps that follow each other would not do: where a ReLU's input is 0 but for rounding, its gradient is there or is not, and one
 such place in one step (jax 0.10.2 had it in the second, 0.6.2 in none) changes all later ones.
@@ -14,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from w2s_jax import models
+from w2s_jax.parallel import Jit, Pmap, lay_out
 from w2s_jax.train import initial_state, train_step
 
 
@@ -41,7 +43,13 @@ def main(form: str = "direct") -> None:
     devices, rng = jax.local_device_count(), np.random.default_rng(0)
     step, state = small_step(form=form)
     parallel_step, _ = small_step("batch", form)
-    one, many = jax.jit(step), jax.pmap(parallel_step, axis_name="batch")
+    one, layout = jax.jit(step), lay_out(devices, 4 * devices)
+    ways = [way(layout) for way in (Jit, Pmap)]
+
+    def first_step(state, data, inputs, samples):
+        return parallel_step(state, jax.tree.map(lambda leaf: leaf[0], inputs))
+
+    compiled = [way.compile(first_step) for way in ways]
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
     losses, params = [], []
@@ -50,14 +58,12 @@ def main(form: str = "direct") -> None:
             rng.standard_normal((4 * devices, 1000)).astype(np.float32),
             rng.standard_normal((4 * devices, 3)).astype(np.float32),
         )
-        replicated = jax.tree.map(lambda x: jnp.stack([x] * devices), state)
-        replicated, parallel = many(replicated, jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch))
-        sharded, together = one(jax.device_put(state, everywhere), jax.device_put(batch, split))
+        results = [one(jax.device_put(state, everywhere), jax.device_put(batch, split))]
+        inputs = jax.tree.map(lambda x: x.reshape(1, devices, -1, *x.shape[1:]), batch)
+        results += [run(way.replicate(state), (), inputs, 0) for way, run in zip(ways, compiled, strict=True)]
         state, measured = one(state, batch)
-        for loss in (parallel["loss"][0], together["loss"]):
-            losses.append(abs(float(measured["loss"]) - float(loss)) / float(measured["loss"]))
-        params.append(largest(state.params, jax.tree.map(lambda x: x[0], replicated.params)))
-        params.append(largest(state.params, sharded.params))
+        losses += [abs(float(measured["loss"]) - float(m["loss"])) / float(measured["loss"]) for _, m in results]
+        params += [largest(state.params, other.params) for other, _ in results]
     print(devices, max(losses), max(params))
 
 

@@ -165,7 +165,7 @@ def test_wrong_input_is_an_error_that_says_what_was_expected():
 def test_the_teacher_says_what_it_is(monkeypatch):
     teacher = AcousticTeacher()
     assert teacher.dimensions == ("arousal", "dominance", "valence")
-    assert teacher.stand_in and teacher.sampling_rate == 16_000 and "rule" in teacher.licence
+    assert teacher.stand_in and "rule" in teacher.licence
     before = teacher.fingerprint
     assert before == AcousticTeacher().fingerprint
     monkeypatch.setitem(acoustic.TERMS, "pitch", (0.0, 1.0))

@@ -84,9 +84,9 @@ def test_batches_that_cannot_be_divided_are_refused(shards, size, parts):
 def feeds(bank, views, layout, workers=0, steps=40):
     """Both placements of the same bank, for all devices of a layout, and the labels that they should deliver."""
     training = views.where("train")
-    groups = feed.divide(views.columns["clip"][training], layout.shards)
+    groups = feed.divide(views.columns["clip"][training], layout.data_shards)
     targets = np.random.default_rng(0).random((len(training), 2)).astype(np.float32)
-    batches = feed.Batches(views.columns["samples"][training], 8, steps, 0, groups, layout.shards)
+    batches = feed.Batches(views.columns["samples"][training], 8, steps, 0, groups, layout.data_shards)
     on_device = feed.DeviceFeed(bank, views, training, groups, targets, layout, batches)
     return on_device, feed.HostFeed(bank, views, training, targets, layout, batches, workers), training, targets
 
@@ -103,8 +103,8 @@ class Two(Layout):
 def test_device_and_host_placement_give_bit_equal_batches(bank, views, workers):
     layout = Two((jax.devices()[0],) * 2, 4)
     on_device, on_host, training, targets = feeds(bank, views, layout, workers)
-    hear_device = jax.jit(on_device.hear, static_argnames="samples")
-    hear_host = jax.jit(on_host.hear, static_argnames="samples")
+    render_device = jax.jit(on_device.render_batch, static_argnames="samples")
+    render_host = jax.jit(on_host.render_batch, static_argnames="samples")
     lengths, steps = set(), 0
     for one, two in zip(on_device.batches(3, 40), on_host.batches(3, 40), strict=True):
         samples, rows, chosen = one
@@ -115,9 +115,9 @@ def test_device_and_host_placement_give_bit_equal_batches(bank, views, workers):
         steps += 1
         for device in range(2):
             own = jax.tree.map(lambda leaf, device=device: leaf[device], on_device.data)
-            waves, labels = hear_device(own, chosen[device], samples=samples)
-            heard = [leaf[device] for leaf in two[2]]
-            from_host, labels_too = hear_host((), heard, samples=samples)
+            waves, labels = render_device(own, chosen[device], samples=samples)
+            inputs = jax.tree.map(lambda leaf, device=device: leaf[device], two[2])
+            from_host, labels_too = render_host((), inputs, samples=samples)
             np.testing.assert_array_equal(waves, from_host)  # every bit
             np.testing.assert_array_equal(labels, labels_too)
             np.testing.assert_array_equal(labels, targets[rows[device]])
@@ -242,8 +242,8 @@ def test_forty_hours_are_heard_to_the_end(forty_hours):
     train = views.where("train")
     last = train[np.argsort(views.columns["clip"][train])[-16:]]  # clips that begin beyond 2³¹ samples
     assert (forty_hours.starts[views.columns["clip"][last]] > 2**31).all()
-    bank, starts = feed.rows(forty_hours)
-    table = feed.recipes(forty_hours, views, last, starts)
+    bank, starts = feed.pack_clips(forty_hours)
+    table = feed.make_recipe(forty_hours, views, last, starts)
     waves = jax.jit(partial(feed.render, samples=8000))(bank, table)
     np.testing.assert_array_equal(waves, render_on_host(forty_hours, views, last))
     assert np.abs(waves).mean() > 0.01

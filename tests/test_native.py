@@ -374,7 +374,7 @@ print(sorted(set(map(str, asked))))
 
 @pytest.mark.slow
 @needs_kernel
-def test_pmap_has_the_moments_of_the_global_batch():
+def test_many_devices_have_the_moments_of_the_global_batch():
     figures, asked = run(PMAP, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     devices, loss, parameters = map(float, figures.split())
     # the step on one of them is XLA's form, as there are two devices

@@ -644,13 +644,13 @@ def test_too_little_memory_names_a_batch_that_fits(small, monkeypatch):
     run = jax.jit(lambda params, x: teacher.module.apply({"params": params}, x))
     needed = run.lower(teacher.params, waves[:per_device]).compile().memory_analysis().temp_size_in_bytes
     assert needed > 0
-    monkeypatch.setattr(neural, "_free_memory", lambda: int(0.6 * needed * teacher.devices))
+    monkeypatch.setattr(neural, "free_memory", lambda device: int(0.6 * needed * teacher.devices))
     with pytest.raises(W2SError, match="teacher wav2vec2 needs .* GB are free for .* views of 0.25 s at once") as caught:
         teacher(waves)
     fits = int(re.search(r"try --batch-size (\d+)$", str(caught.value))[1])
     assert fits == per_device // 2
     assert np.asarray(teacher(waves[: fits * teacher.devices])).shape == (fits * teacher.devices, 3)
-    monkeypatch.setattr(neural, "_free_memory", lambda: 1)
+    monkeypatch.setattr(neural, "free_memory", lambda device: 1)
     with pytest.raises(W2SError, match="use shorter views, or a machine with more memory"):
         teacher(draw_waves(4001))
 

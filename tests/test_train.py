@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import TINY
 from golden.mobilenet import weights
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pmap_against_jit import small_step
 from safetensors.numpy import save_file
 
@@ -32,19 +32,14 @@ from w2s_jax.evaluate import evaluate, predict_views
 from w2s_jax.export.card import collect_facts, compose_card
 from w2s_jax.files import fingerprint
 from w2s_jax.label import label
-from w2s_jax.losses import ccc, distillation_loss
+from w2s_jax.losses import distillation_loss
+from w2s_jax.train import step, units
+from w2s_jax.train.checkpoints import Checkpoints
+from w2s_jax.train.loop import training_flops
 from w2s_jax.views import draw
 
 #: What a line of metrics.jsonl says of the machine; the rest is the same wherever a run was interrupted.
 SPEED = ("clips_per_second", "waiting_share", "arithmetic_share")
-TINY = ["fields.channels=2", "steps=12", "batch_size=6", "eval_every=4", "log_every=2"]
-
-
-@pytest.fixture(scope="session")
-def run(bank, views, labels, tmp_path_factory):
-    """An unbroken run and its summary."""
-    workdir = tmp_path_factory.mktemp("run")
-    return workdir, training.train(config.load("wav2small", TINY), bank, views, labels, workdir)
 
 
 def trained(workdir):
@@ -54,31 +49,6 @@ def trained(workdir):
         for figure in [key for key in line if key in SPEED or key.startswith("memory_")]:
             del line[figure]
     return lines, (workdir / "student" / "model.safetensors").read_bytes(), (workdir / "student" / "config.json").read_text()
-
-
-def test_ccc_is_lins():
-    # Lin 1989 by numpy's own moments
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((200, 3)).astype(np.float32)
-    y = (0.5 * x + rng.standard_normal((200, 3)) + [0, 1, 5]).astype(np.float32)
-    for d in range(3):
-        c = np.cov(x[:, d], y[:, d], bias=True)
-        expected = 2 * c[0, 1] / (c[0, 0] + c[1, 1] + (x[:, d].mean() - y[:, d].mean()) ** 2)
-        np.testing.assert_allclose(ccc(x, y)[d], expected, rtol=1e-5)
-
-
-@given(st.floats(-100, 100, width=32), st.floats(-100, 100, width=32), st.booleans())
-@settings(max_examples=50, deadline=None)
-def test_loss_and_gradient_are_finite_without_spread(p, t, same):
-    prediction, target = jnp.full((4, 2), p), jnp.full((4, 2), p if same else t)
-    (loss, _), gradient = jax.value_and_grad(distillation_loss, has_aux=True)(prediction, target, l2=0.1)
-    assert jnp.isfinite(loss)
-    assert jnp.isfinite(gradient).all()
-
-
-def test_loss_shapes_are_checked():
-    with pytest.raises(ValueError, match=r"\(4, 1\)"):
-        ccc(jnp.zeros((4, 1)), jnp.zeros((4, 3)))
 
 
 @pytest.mark.slow
@@ -98,12 +68,12 @@ def test_pmap_over_devices_is_jit_of_the_whole_batch():
 
 
 def test_a_scan_is_its_steps():
-    step, state = small_step()
+    one_step, state = small_step()
     rng = np.random.default_rng(0)
     waves, targets = rng.standard_normal((3, 4, 700)).astype(np.float32), rng.standard_normal((3, 4, 3)).astype(np.float32)
-    scanned, measured = jax.jit(lambda s, x: training.scan_steps(step, s, x))(state, (waves, targets))
+    scanned, measured = jax.jit(lambda s, x: step.scan_steps(one_step, s, x))(state, (waves, targets))
     for at in range(3):
-        state, one = jax.jit(step)(state, (waves[at], targets[at]))
+        state, one = jax.jit(one_step)(state, (waves[at], targets[at]))
         np.testing.assert_allclose(measured["loss"][at], one["loss"], rtol=1e-4)
     for a, b in zip(jax.tree.leaves(scanned.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -116,7 +86,7 @@ def test_accumulation_minimises_the_loss_of_the_whole_set():
     variables = jax.jit(student.init)(jax.random.key(0), waves)
     state = training.initial_state(variables, optax.sgd(0.1))
     given = {"student": student, "frontend": variables["frontend"], "optimizer": optax.sgd(0.1), "l2": 0.1}
-    step = jax.jit(lambda state: training.train_step(state, (waves, targets), accumulate=3, **given))
+    three_parts = jax.jit(lambda state: training.train_step(state, (waves, targets), accumulate=3, **given))
 
     def by_hand(params):
         """Each part has moments of its own; then one CCC, not a mean of three."""
@@ -130,7 +100,7 @@ def test_accumulation_minimises_the_loss_of_the_whole_set():
         return distillation_loss(prediction, targets[order], l2=0.1)[0], moments
 
     (loss, moments), gradients = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(variables["params"])
-    after, measured = step(state)
+    after, measured = three_parts(state)
     np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradients)
     for a, b in zip(jax.tree.leaves((after.params, after.batch_stats)), jax.tree.leaves((expected, moments)), strict=True):
@@ -178,25 +148,35 @@ def test_calibration_turns_ccc_into_correlation():
     rng = np.random.default_rng(0)
     known = rng.normal([3.0, 0.5], [0.7, 0.1], (500, 2))
     raw = 0.6 * (known - known.mean(axis=0)) / known.std(axis=0) + rng.normal(0.1, 0.5, (500, 2))
-    mean, deviation = training.calibration(raw, known, known.std(axis=0))
+    mean, deviation = units.calibrate(raw, known, known.std(axis=0))
     expected = [np.corrcoef(raw[:, d], known[:, d])[0, 1] for d in range(2)]
     np.testing.assert_allclose(metrics.ccc(raw * deviation + mean, known), expected, rtol=1e-9)
-    _, limited = training.calibration(raw * 1e-9, known, known.std(axis=0))  # a constant is not blown up
+    _, limited = units.calibrate(raw * 1e-9, known, known.std(axis=0))  # a constant is not blown up
     np.testing.assert_allclose(limited, 2 * known.std(axis=0))
 
 
-def test_a_crop_hears_a_part_and_depends_on_seed_and_step():
-    def step(state, batch):
-        return state, batch[0]
+def test_a_crop_takes_a_part_that_depends_on_seed_and_step():
+    student = models.build("wav2small", channels=2)
+    waves = np.random.default_rng(0).standard_normal((4, 1000)).astype(np.float32)
+    variables = jax.jit(student.init)(jax.random.key(0), waves)
+    given = {"student": student, "frontend": variables["frontend"], "optimizer": optax.sgd(0.1)}
 
-    waves = np.arange(1000, dtype=np.float32)[None] + np.zeros((2, 1), np.float32)
-    state = training.State(step=jnp.int32(3), params={}, batch_stats={}, optimizer=(), average=())
-    one, again, other = (training.cropped(step, 0.6, seed)(state, (waves, None))[1] for seed in (0, 0, 1))
+    @partial(jax.jit, static_argnames=("crop", "seed"))
+    def loss(at, waves, crop, seed=0):
+        state = training.initial_state(variables, given["optimizer"]).replace(step=at)
+        return training.train_step(state, (waves, waves[:, :3]), crop=crop, seed=seed, **given)[1]["loss"]
+
+    whole, part = loss(3, waves, 1.0), loss(3, waves, 0.6)
+    assert part == loss(3, waves, 0.6)
+    assert len({float(x) for x in (whole, part, loss(3, waves, 0.6, seed=1), loss(4, waves, 0.6))}) == 4
+
+    ramps = jnp.arange(1000.0)[None] + jnp.zeros((2, 1))
+    one, again, other = (step.random_crop(ramps, 0.6, jax.random.key(seed)) for seed in (0, 0, 1))
     assert one.shape == (2, 600)
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
     np.testing.assert_array_equal(np.diff(one), 1)
-    assert training.cropped(step, 1.0, 0) is step
+    assert step.random_crop(ramps, 1.0, jax.random.key(0)) is ramps
 
 
 def test_an_interrupted_run_ends_bit_for_bit_the_same(run, bank, views, labels, tmp_path):
@@ -295,7 +275,7 @@ def test_what_is_no_place_for_a_run_is_refused(finished, bank, views, labels, la
 def test_no_flipped_bit_comes_back_silently(tmp_path):
     tree = {"state": {"a": np.random.default_rng(0).normal(size=(30, 40)).astype(np.float32), "step": np.array(2, np.int32)}}
     best = {"step": 1, "ccc": {"mean": 0.5}}
-    with training.Checkpoints(tmp_path / "whole") as checkpoints:
+    with Checkpoints(tmp_path / "whole") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, tree, best)
     files = [path for path in sorted((tmp_path / "whole" / "2").rglob("*")) if path.is_file() and path.stat().st_size]
@@ -307,7 +287,7 @@ def test_no_flipped_bit_comes_back_silently(tmp_path):
         content = bytearray(path.read_bytes())
         content[generator.integers(len(content))] ^= 1 << generator.integers(8)
         path.write_bytes(content)
-        with warnings.catch_warnings(record=True) as said, training.Checkpoints(copy) as checkpoints:
+        with warnings.catch_warnings(record=True) as said, Checkpoints(copy) as checkpoints:
             warnings.simplefilter("always")
             found, noted = checkpoints.restore(tree)
         jax.tree.map(np.testing.assert_array_equal, found, tree)
@@ -319,7 +299,7 @@ def test_no_flipped_bit_comes_back_silently(tmp_path):
 def test_a_full_disk_keeps_the_last_checkpoint_and_is_one_line(tmp_path, limited, capfd):
     """tensorstore's threads printed hundreds of lines."""
     tree = {f"part{number}": {"a": np.random.default_rng(number).normal(size=3000)} for number in range(20)}
-    with pytest.raises(W2SError) as stopped, training.Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(W2SError) as stopped, Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, tree, {"step": 1, "ccc": None})
         checkpoints.wait()
         limited(2000)
@@ -328,7 +308,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_is_one_line(tmp_path, limited
     assert re.search(rf"{tmp_path}: File too large \(469 KiB to write, .* free\); the last whole one", str(stopped.value))
     assert capfd.readouterr().err == ""
     limited(resource.RLIM_INFINITY)
-    with training.Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(tree)[1]["step"] == 1
 
 
@@ -344,8 +324,8 @@ def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(finished, run,
     assert lines[: len(trained(run[0])[0])] == trained(run[0])[0]
     # a cosine from 3e-3 after one step of warm-up to 0 at step 16, by hand; a line has the rate of the step before its number
     rates = {line["step"]: line["learning_rate"] for line in lines if line["kind"] == "train"}
-    for step in (14, 16):
-        assert rates[step] == pytest.approx(3e-3 * (1 + np.cos(np.pi * (step - 2) / 15)) / 2, abs=1e-6)
+    for at in (14, 16):
+        assert rates[at] == pytest.approx(3e-3 * (1 + np.cos(np.pi * (at - 2) / 15)) / 2, abs=1e-6)
     assert any("was to have 12 steps and now has 16: it goes on from step 12" in line for line in said)
     assert summary["steps"] == 16
     assert json.loads((finished / "config.json").read_text())["config"]["steps"] == 16
@@ -424,17 +404,6 @@ def test_another_run_is_refused_with_the_difference(run, bank, views, labels):
         training.train(config.load("wav2small_17k", TINY), bank, views, labels, run[0])
 
 
-def test_a_student_of_another_shape_is_refused(run, tmp_path):
-    source = run[0] / "student"
-    about = json.loads((source / "config.json").read_text())
-    about["fields"]["channels"] = 3
-    del about["checksum"]
-    (tmp_path / "config.json").write_text(json.dumps(about))
-    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
-    with pytest.raises(MismatchError, match=r"params/vgg7/l1/conv/kernel: \(3, 3, 1, 2\), expected \(3, 3, 1, 3\)"):
-        checkpoint.load_student(tmp_path)
-
-
 def test_a_loss_that_is_not_finite_names_its_views(bank, views, labels, tmp_path, monkeypatch):
     settings, seen = config.load("wav2small", TINY), []
     real = feed.Batches.__call__
@@ -445,7 +414,7 @@ def test_a_loss_that_is_not_finite_names_its_views(bank, views, labels, tmp_path
         return length, rows
 
     monkeypatch.setattr(feed.Batches, "__call__", watch)
-    monkeypatch.setattr(training, "distillation_loss", lambda p, t, **_: (jnp.float32(jnp.nan) * p.sum(), p.mean(axis=0)))
+    monkeypatch.setattr(step, "distillation_loss", lambda p, t, **_: (jnp.float32(jnp.nan) * p.sum(), p.mean(axis=0)))
     with pytest.raises(W2SError, match=r"is nan at step 1 \(views ") as stopped:
         training.train(settings, bank, views, labels, tmp_path)
     assert ", ".join(map(str, seen[0])) in str(stopped.value)
@@ -459,35 +428,6 @@ def test_a_loss_that_is_not_finite_names_its_views(bank, views, labels, tmp_path
 def test_wrong_settings_are_refused(setting, message, bank, views, labels, tmp_path):
     with pytest.raises(UsageError, match=message):
         training.train(config.load("wav2small", [setting]), bank, views, labels, tmp_path)
-
-
-def test_experiments_are_python_files(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "from w2s_jax.config import default\nVARIANTS = {'': {}, 'long': {'steps': 9}}\n"
-        "def get_config(variant=''):\n    c = default()\n    c.update(VARIANTS[variant])\n    return c\n"
-    )
-    assert config.load(f"{path}:long").steps == 9
-    assert config.load(str(path), ["learning_rate=1"]).learning_rate == 1.0
-    with pytest.raises(UsageError, match="it has: , long"):
-        config.load(f"{path}:short")
-    with pytest.raises(UsageError, match="no such file"):
-        config.load(str(tmp_path / "none.py"))
-
-
-def test_evaluation_against_teacher_and_people(run, bank, views, labels, tmp_path):
-    report = evaluate(run[0], bank, views, labels, out=tmp_path)
-    rows = views.where("test")
-    student, variables, _ = checkpoint.load_student(run[0])
-    predicted = predict_views(jax.jit(lambda waves: student.apply(variables, waves)), bank, views, rows)
-    expected = metrics.ccc(predicted, labels.values[rows])
-    for at, name in enumerate(labels.dimensions):
-        score = report["teacher"][name]
-        assert abs(score["ccc"] - expected[at]) < 1e-4
-        assert (score["low"], score["high"]) == (None, None)  # four clips are too few
-    assert set(report["human"]) == {"arousal", "dominance", "valence", "mean"}
-    assert (tmp_path / "eval_test.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "eval_test.json").read_text()) == report
 
 
 def test_one_validation_view_has_no_ccc(bank, views, labels, tmp_path):
@@ -621,3 +561,8 @@ def test_the_model_card_names_what_a_student_started_from(run):
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["license_name"]) == ("other", facts["licence"])
     assert "\n- Started from: student b of teacher c (a, " in card
+
+
+def test_arithmetic_of_a_step():
+    # 0.391 GMAC forward (experiments/README.md, "What students cost"), three passes, 2 FLOP each
+    assert training_flops(models.build("wav2small"), 80_000) == 2 * 3 * 390_967_041

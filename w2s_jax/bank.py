@@ -1,15 +1,15 @@
 """The bank: a corpus decoded once into int16 16 kHz mono shards that are memory-mapped, and a table of its clips.
 
 ``BANK/bank.json`` says what it is, ``BANK/clips.parquet`` has a row per clip, ``BANK/shards/NNNNN.npy`` hold the samples of
-up to 256 clips each, back to back, and ``BANK/failures.csv`` lists what could not be read, or not to its end. Clips have one
-global sample axis, int64, which may pass 2³¹.
+up to 256 clips each, back to back, and ``BANK/failures.csv`` lists files that could not be read, or not to their end.
+Clips have one global sample axis, int64, which may pass 2³¹.
 
-Each clip is stored at the power of two of its level that fills the 16 bits, and heard at its own: a recording at -60 dB has
-as many bits as one at full scale, and one of 16 bits keeps every one of them. ``Bank.wave`` and ``w2s_jax.render`` divide by
-the clip's ``scale``; ``Bank.clip`` and ``Bank.gather`` do not.
+Each clip is stored multiplied by the power of two (its ``scale``) that makes it fill 16 bits: a recording at -60 dB has as many
+bits as one at full scale, and a recording of 16 bits loses none. ``Bank.wave`` and ``w2s_jax.render`` divide by the scale;
+``Bank.clip`` and ``Bank.gather`` do not.
 
-All of it is checked: bank.json and clips.parquet when a bank is opened, a clip when it is first read (a hash of 1.5 GB/s, once
-a process), everything when ``build`` runs again.
+Checksums are verified: of bank.json and clips.parquet when a bank is opened, of a clip when a process first reads it (at
+1.5 GB/s), of everything when ``build`` runs again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.files import fingerprint, read_json, write_atomic, write_json
 from w2s_jax.locks import locked
 
-#: Of bank.json and of the shards' tables. Banks of version 1 have no checksums, and are heard at the level that is stored.
+#: Of bank.json and of the shards' tables. Banks of version 1 have no checksums and no scales.
 VERSION = 2
 
 #: A shard ends with so many clips, or with the clip that brings it to so many samples (70 minutes, 134 MB).
@@ -61,7 +61,7 @@ LONGEST = 2**31 - 2**17
 #: A clip is stored at most so many times its level: below 2^-64 (-385 dB) is silence.
 _LARGEST_SCALE = 2.0**64
 
-#: Bytes of a clip that are held in memory while it is decoded; what is longer (30 s) passes through a file of 4 bytes a sample.
+#: Bytes of a clip that are kept in memory while it is decoded (30 s); a longer clip goes through a file of 4 bytes a sample.
 _IN_MEMORY = 2**21
 _SCHEMA = pa.schema(
     [
@@ -87,7 +87,7 @@ class BankError(W2SError):
 
 
 class BankWarning(UserWarning):
-    """Something in a bank was damaged and has been made again, or a split of it is empty."""
+    """A part of a bank was damaged and has been rebuilt, or a split is empty."""
 
 
 def to_int16(wave: np.ndarray) -> tuple[np.ndarray, float]:
@@ -167,14 +167,14 @@ def build(
         shards, problems, read, done = [], [], [], 0
         while done < len(clips):
             ahead = clips[done : done + SHARD_CLIPS]
-            shard = _kept(out, len(shards), ahead)
+            shard = _read_shard(out, len(shards), ahead)
             if shard is None:
-                (out / "bank.json").unlink(missing_ok=True)  # a bank that is being rebuilt is not a bank
+                (out / "bank.json").unlink(missing_ok=True)  # while it is rebuilt, the bank cannot be opened
 
                 def step(n: int, before: int = done) -> None:
                     report(before + n, len(clips), minutes=decoder.samples / SAMPLING_RATE / 60)
 
-                shard = _make(out, len(shards), ahead, decoder.start(done, step), step)
+                shard = _write_shard(out, len(shards), ahead, decoder.start(done, step), step)
             shards.append(shard)
             problems += shard.problems
             missing = {problem.clip for problem in shard.problems if not problem.in_part}
@@ -253,7 +253,7 @@ def _check_place(out: Path) -> None:
 
 
 def _claim(out: Path, origin: dict, force: bool) -> None:
-    """Note what bank this will be before its first shard is written, and leave a bank of another origin alone."""
+    """Record the origin of the bank before its first shard is written; refuse a bank of another origin."""
     plan, bank = out / "plan.json", out / "bank.json"
     now = {"format": "w2s-bank-plan", "version": VERSION, "origin": origin}
     now["sum"] = fingerprint(now)
@@ -300,7 +300,7 @@ def _claim(out: Path, origin: dict, force: bool) -> None:
 
 
 class _Problem(NamedTuple):
-    """A clip that is not in the bank, or not to its end; ``clip`` counts within the shard."""
+    """A clip that is missing in the bank, or cut short; ``clip`` is its index within the shard."""
 
     clip: int
     name: str
@@ -313,7 +313,7 @@ class _Problem(NamedTuple):
 
 @dataclass
 class _Shard:
-    """A shard that is on disk: its rows of clips.parquet, and what became of the clips that it was made of."""
+    """A shard on disk: its rows of clips.parquet, and the problems of the clips that it was made of."""
 
     table: pa.Table
     clips: int  # that it was made of
@@ -328,8 +328,8 @@ def _files(out: Path, shard: int) -> tuple[Path, Path]:
     return out / "shards" / f"{shard:05d}.npy", out / "shards" / f"{shard:05d}.parquet"
 
 
-def _kept(out: Path, number: int, clips: Sequence[Clip]) -> _Shard | None:
-    """A shard from disk, if it was made of exactly these files (the first ones of ``clips``) and is whole."""
+def _read_shard(out: Path, number: int, clips: Sequence[Clip]) -> _Shard | None:
+    """Read a shard; None unless it was made of exactly these files (the first of ``clips``) and is undamaged."""
     samples_path, table_path = _files(out, number)
     try:
         table = pq.read_table(table_path)
@@ -340,8 +340,8 @@ def _kept(out: Path, number: int, clips: Sequence[Clip]) -> _Shard | None:
             raise BankError(f"{table_path} is damaged")
         if facts["plan"] != _plan(clips[: shard.clips]) or not shard.clips:
             return None
-        found = _sums(samples_path, table["samples"].to_pylist())
-        wrong = [at for at, (one, other) in enumerate(zip(found, table["sum"].to_pylist(), strict=True)) if one != other]
+        sums = zip(_sums(samples_path, table["samples"].to_pylist()), table["sum"].to_pylist(), strict=True)
+        wrong = [at for at, (actual, expected) in enumerate(sums) if actual != expected]
         if wrong:
             names = ", ".join(table["name"][at].as_py() for at in wrong[:3]) + ", …" * (len(wrong) > 3)
             raise BankError(f"{samples_path} is damaged in {len(wrong)} clips ({names})")
@@ -364,8 +364,8 @@ def _is_old(table_path: Path) -> bool:
         return False
 
 
-def _make(out: Path, number: int, clips: Sequence[Clip], decoded: Iterator[_Decoded], step: Callable) -> _Shard:
-    """Write the next shard, of as many of ``clips`` as go into one."""
+def _write_shard(out: Path, number: int, clips: Sequence[Clip], decoded: Iterator[_Decoded], step: Callable) -> _Shard:
+    """Write the next shard, of as many of ``clips`` as fit."""
     samples_path, table_path = _files(out, number)
     rows, made_of, shard = [], [], _Shard(_SCHEMA.empty_table(), 0, [])
 
@@ -397,9 +397,9 @@ def _make(out: Path, number: int, clips: Sequence[Clip], decoded: Iterator[_Deco
 
     write_atomic(samples_path, save)
     shard.table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-    told = json.dumps(shard.facts(fingerprint(VERSION, made_of)), ensure_ascii=False)
-    table = shard.table.replace_schema_metadata({"w2s": told})
-    write_atomic(table_path, lambda path: pq.write_table(table, path))  # last: its presence says that the shard is whole
+    facts = json.dumps(shard.facts(fingerprint(VERSION, made_of)), ensure_ascii=False)
+    table = shard.table.replace_schema_metadata({"w2s": facts})
+    write_atomic(table_path, lambda path: pq.write_table(table, path))  # last: a shard with a table is complete
     return shard
 
 
@@ -411,10 +411,10 @@ def _header(samples: int) -> bytes:
 
 
 def _map(path: Path, samples: int) -> np.ndarray:
-    """The int16 [samples] that an .npy file shall hold, memory-mapped.
+    """Map an .npy file of int16 [samples] into memory.
 
     Raises:
-        BankError: it is not there, or holds something else.
+        BankError: the file is missing, or holds something else.
     """
     with _opened(path, samples) as file:
         return np.memmap(file, "<i2", "r", file.tell(), (samples,)) if samples else np.zeros(0, np.int16)
@@ -422,7 +422,7 @@ def _map(path: Path, samples: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _opened(path: Path, samples: int) -> Iterator[IO[bytes]]:
-    """An .npy file of int16 [samples], at its first sample."""
+    """Open an .npy file of int16 [samples] at its first sample."""
     header = _header(samples)
     try:
         with open(path, "rb") as file:
@@ -437,7 +437,7 @@ def _opened(path: Path, samples: int) -> Iterator[IO[bytes]]:
 
 
 def _sums(path: Path, lengths: Sequence[int]) -> list[str]:
-    """The checksums of all clips of a shard; read, not mapped, as what is mapped counts as memory."""
+    """The checksums of all clips of a shard. Reads the file: mapped pages would count as memory of the process."""
     sums = []
     with _opened(path, sum(lengths)) as file:
         for length in lengths:
@@ -472,7 +472,7 @@ def _printable(value):
 
 @dataclass
 class _Decoded:
-    """A clip's int16 samples in a file (None: it could not be read), and what there is to say about it."""
+    """A clip's int16 samples in a file (None: it could not be read), with problems and warnings."""
 
     samples: IO[bytes] | None = None
     count: int = 0
@@ -484,11 +484,11 @@ class _Decoded:
 
 
 class _Stopped(Exception):
-    """Nobody waits for this clip any more."""
+    """This clip is no longer needed."""
 
 
 class _Decoder:
-    """Decodes clips in threads, some ahead of what is asked for.
+    """Decodes clips in threads, ahead of time.
 
     Attributes:
         samples: decoded so far.
@@ -507,15 +507,15 @@ class _Decoder:
         self._pool.shutdown()
 
     def stop(self) -> None:
-        """Give up what is decoded ahead."""
+        """Discard what was decoded ahead."""
         if self._decoded is not None:
             self._decoded.close()
             self._decoded = None
 
     def start(self, first: int, step: Callable[[int], None]) -> Iterator[_Decoded]:
-        """Clips from number ``first`` on; goes on where it was if that is the next one anyway.
+        """Decode clips from number ``first`` on; clips that were decoded ahead are used if they begin there.
 
-        ``step(n)`` is called twice a second while a clip is waited for; n clips were taken since this call.
+        While the caller waits for a clip, ``step(n)`` is called twice a second; n clips were yielded since this call.
         """
         if self._next != first or self._decoded is None:
             self.stop()
@@ -590,7 +590,7 @@ class _Decoder:
         out.warnings = noticed
         out.samples, out.scale = samples, _scale(low, high)
         digest, each = hashlib.sha256(), 2**18
-        for at in range(0, out.count, each):  # from float32 to int16 in the same file: writing never passes reading
+        for at in range(0, out.count, each):  # float32 to int16 within one file, where writing stays behind reading
             samples.seek(4 * at)
             piece = _quantise(np.frombuffer(samples.read(4 * each), np.float32), out.scale)
             digest.update(piece)
@@ -613,7 +613,7 @@ class Bank:
     Attributes:
         path, about: the directory, and bank.json.
         clips: the columns of clips.parquet as numpy arrays [clips] (strings as object arrays; missing ratings are NaN).
-        scales: float32 [clips], what each clip's own level is multiplied by in the int16 samples; a power of two.
+        scales: float32 [clips], the power of two that each clip is multiplied by in the int16 samples.
         starts: int64 [clips], where each clip begins on the global sample axis.
         fingerprint: identifies samples, splits and ratings.
 
@@ -653,7 +653,7 @@ class Bank:
         return len(self.starts)
 
     def __reduce__(self) -> tuple:
-        return Bank, (self.path,)  # another process maps the files itself; a copy of a map would be all its samples
+        return Bank, (self.path,)  # another process maps the files itself; pickling a map would copy all samples
 
     def _shard(self, number: int) -> np.ndarray:
         """One shard's samples, memory-mapped int16 [T]."""
@@ -666,10 +666,10 @@ class Bank:
         return self._shards[number]
 
     def clip(self, clip: int) -> np.ndarray:
-        """All samples of one clip as they are stored, int16 [T]: ``scales[clip]`` times its own level.
+        """All samples of one clip as they are stored, int16 [T]: the waveform times ``scales[clip]``.
 
         Raises:
-            BankError: they are not what was written; names the clip and the file.
+            BankError: the checksum is wrong; names the clip and the file.
         """
         number, offset = int(self.clips["shard"][clip]), int(self.clips["offset"][clip])
         samples = self._shard(number)[offset : offset + int(self.clips["samples"][clip])]
@@ -683,19 +683,19 @@ class Bank:
         return samples
 
     def wave(self, clip: int, samples: int | None = None) -> np.ndarray:
-        """One clip at its own level, or its first ``samples``: float32 [T], full scale is 1.0."""
+        """The waveform of one clip, or its first ``samples``: float32 [T], full scale is 1.0."""
         return self.clip(clip)[:samples] / np.float32(32768 * self.scales[clip])
 
     def excerpts(self, split: str, count: int, seconds: float, seed: int = 0) -> list[np.ndarray]:
-        """Pieces of up to ``count`` random clips of a split, from each clip's beginning, float32 [T ≤ seconds] each."""
+        """The beginnings of up to ``count`` random clips of a split, float32 [T ≤ seconds] each."""
         clips = np.flatnonzero(self.clips["split"] == split)
         chosen = np.sort(np.random.default_rng(seed).permutation(clips)[:count])
         return [self.wave(at, round(seconds * SAMPLING_RATE)) for at in chosen]
 
     def gather(self, clips: np.ndarray, offsets: np.ndarray, samples: int) -> np.ndarray:
-        """Pieces of clips on the host, as they are stored: [B], [B] → int16 [B, samples].
+        """Read excerpts of clips on the host, as they are stored: [B], [B] → int16 [B, samples].
 
-        A piece that runs past its clip's end goes on at its beginning; the same samples as ``render.gather`` takes on the
+        An excerpt that runs past its clip's end continues at its beginning. ``render.gather`` reads the same samples on the
         device.
         """
         out = np.empty((len(clips), samples), np.int16)

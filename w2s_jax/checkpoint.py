@@ -1,4 +1,4 @@
-"""A trained student as plain files: model.safetensors (every array by its path) and config.json (what they mean)."""
+"""A trained student as plain files: model.safetensors (arrays by their paths) and config.json (their meaning)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from w2s_jax.files import fingerprint, read_json, write_atomic, write_json
 from w2s_jax.names import check_dimensions, line
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-#: Of config.json; a later one may mean something else.
+#: The format of config.json.
 VERSION = 1
-#: Keys of config.json that hold checksums: of the weights, and of all the others.
+#: Keys of config.json that hold checksums: of the weights, and of the other keys.
 SUMS = ("weights", "checksum")
-#: Keys of config.json → what JSON makes of them.
+#: Keys of config.json → type of their values.
 _KINDS = {"student": str, "fields": dict, "sampling_rate": int, "dimensions": list, "teacher": dict}
 #: The same of its teacher.
 _OF_TEACHER = {"name": str, "fingerprint": str, "licence": str, "stand_in": bool}
@@ -35,14 +35,14 @@ def save_student(directory: str | Path, name: str, fields: dict, variables: dict
     """Write a student directory.
 
     Args:
-        directory: where to; made when missing. config.json is written last, so a directory with one is whole.
-        name, fields: what ``models.build`` needs to make the module again; how it ran (``models.RUNNING``) is left out.
+        directory: made when missing. config.json is written last, so a directory that has one is complete.
+        name, fields: arguments of ``models.build``; fields of how it is computed (``models.RUNNING``) are left out.
         variables: the collections ``params``, ``batch_stats`` and ``frontend``.
-        about: what travels with the weights: ``dimensions`` (names, in output order) and ``teacher`` (provenance of the
-            labels, with its licence) are required; anything else that JSON can hold is kept.
+        about: the rest of config.json: ``dimensions`` (names, in output order) and ``teacher`` (provenance of the labels,
+            with its licence) are required; anything else that JSON can hold is allowed.
     """
     directory = Path(directory)
-    # safetensors writes an array's memory as it lies, transposed or not
+    # safetensors writes memory in its order, so a transposed array would be saved wrongly
     arrays = {"/".join(path): np.ascontiguousarray(leaf) for path, leaf in flatten_dict(variables).items()}
 
     def write(temporary: Path) -> None:
@@ -66,6 +66,12 @@ def save_student(directory: str | Path, name: str, fields: dict, variables: dict
     write_json(directory / CONFIG, config)
 
 
+def find_student(directory: str | Path) -> Path:
+    """The student directory of a run, ``directory``/student, or else ``directory`` itself."""
+    inside = Path(directory) / "student"
+    return inside if (inside / CONFIG).exists() else Path(directory)
+
+
 @computing()
 def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     """Read a student directory, or a run directory that has one in ``student/``.
@@ -76,11 +82,9 @@ def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     Raises:
         UsageError: there is no student at that place.
         MismatchError: the arrays are not those of the student that config.json names; lists every difference.
-        W2SError: a file is damaged, config.json is of a later version, or says something impossible.
+        W2SError: a file is damaged, or config.json has another version or an invalid value.
     """
-    directory = Path(directory)
-    if (directory / "student" / CONFIG).exists():
-        directory = directory / "student"
+    directory = find_student(directory)
     config = read_json(directory / CONFIG, "student")
     if config.get("format") != "w2s-student":
         raise UsageError(f"{directory / CONFIG} does not describe a student of w2s_jax")
@@ -92,13 +96,11 @@ def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     if student.dimensions != len(config["dimensions"]):
         counts = f"{student.dimensions} outputs, but {len(config['dimensions'])} names of dimensions"
         raise MismatchError(f"{directory / CONFIG}: the student has {counts}")
-    if (
-        "weights" in config
-        and (directory / WEIGHTS).is_file()
-        and (found := fingerprint(directory / WEIGHTS)) != config["weights"]
-    ):
-        said = f"its fingerprint is {found}, but {line(config['weights'], 16)} in {CONFIG}"
-        raise W2SError(f"{directory / WEIGHTS} is damaged: {said}; copy it again, or train again")
+    if "weights" in config and (directory / WEIGHTS).is_file():
+        actual = fingerprint(directory / WEIGHTS)
+        if actual != config["weights"]:
+            reason = f"its fingerprint is {actual}, but {line(config['weights'], 16)} in {CONFIG}"
+            raise W2SError(f"{directory / WEIGHTS} is damaged: {reason}; copy it again, or train again")
     try:
         arrays = load_file(directory / WEIGHTS)
     except FileNotFoundError as error:
@@ -108,7 +110,7 @@ def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     try:
         seconds = max(SAMPLING_RATE, student.minimum_samples)
         shapes = jax.eval_shape(student.init, jax.random.key(0), jax.ShapeDtypeStruct((1, seconds), jnp.float32))
-    except (TypeError, ValueError, ArithmeticError, MemoryError) as error:  # fields that go one by one, but not together
+    except (TypeError, ValueError, ArithmeticError, MemoryError) as error:  # fields that are valid one by one, but not together
         raise W2SError(f"{directory / CONFIG}: its fields make no student: {line(error, 200)}") from error
     expected = {"/".join(path): leaf.shape for path, leaf in flatten_dict(shapes).items()}
     check_arrays(arrays, expected, f"{directory / WEIGHTS} against student {config['student']}")
@@ -116,12 +118,12 @@ def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     return student, variables, config
 
 
-#: What torch.compile and DataParallel put before the names of a model that they wrap.
+#: Prefixes that torch.compile and DataParallel add to the names of a model that they wrap.
 WRAPPERS = ("_orig_mod.", "module.")
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """Names of tensors → the same without ``_orig_mod.`` and ``module.``, where every one begins so, in any order.
+    """Map names of tensors to names without ``_orig_mod.`` and ``module.``, where all begin with them, in any order.
 
     Example:
         >>> unwrapped(["module._orig_mod.adv.bias", "module._orig_mod.adv.weight"])["module._orig_mod.adv.bias"]
@@ -139,21 +141,21 @@ def _checksum(config: dict) -> str:
 
 
 def check_config(config: dict, path: Path) -> None:
-    """Refuse the content of a student's config.json unless it has what ``load_student`` promises.
+    """Check the content of a student's config.json.
 
     Raises:
-        W2SError: names the key, what it is and what it should be; a checksum that is there is not right; another version.
+        W2SError: names the key, its value and the expected one; or the checksum is wrong, or the version is another.
     """
     if config.get("version") != VERSION or isinstance(config["version"], bool):
-        found = line(repr(config.get("version")), 40)
-        raise W2SError(f"{path} has version {found}, expected {VERSION}; read it with the w2s_jax that wrote it")
+        version = line(repr(config.get("version")), 40)
+        raise W2SError(f"{path} has version {version}, expected {VERSION}; read it with the w2s_jax that wrote it")
     if "checksum" in config and config["checksum"] != _checksum(config):
         raise W2SError(f"{path} is damaged, or was changed by hand: its checksum is not right; copy it again, or train again")
     for what, kinds, where in (("", _KINDS, config), ("teacher.", _OF_TEACHER, config.get("teacher"))):
         for key, kind in kinds.items():
             if not isinstance(where, dict) or not isinstance(where.get(key), kind) or (kind is int and where[key] is True):
-                found = line(repr(where.get(key)), 40) if isinstance(where, dict) else "missing"
-                raise W2SError(f"{path}: {what}{key} is {found}, expected {_JSON[kind]}")
+                value = line(repr(where.get(key)), 40) if isinstance(where, dict) else "missing"
+                raise W2SError(f"{path}: {what}{key} is {value}, expected {_JSON[kind]}")
     if config["sampling_rate"] != SAMPLING_RATE:
         raise W2SError(f"{path}: sampling_rate is {config['sampling_rate']}, expected {SAMPLING_RATE}")
     check_dimensions(config["dimensions"], path)
@@ -181,7 +183,7 @@ def check_arrays(arrays: dict, expected: dict[str, tuple], what: str) -> None:
 
 
 def differences(arrays: dict, expected: dict[str, tuple]) -> list[str]:
-    """What ``check_arrays`` complains of, a line each."""
+    """The differences that ``check_arrays`` refuses, a line each."""
     faults = [f"- {name} {tuple(expected[name])}" for name in sorted(set(expected) - set(arrays))]
     faults += [f"+ {name} {arrays[name].shape}" for name in sorted(set(arrays) - set(expected))]
     for name in sorted(set(arrays) & set(expected)):

@@ -1,4 +1,4 @@
-"""Experiments: Python files with ``get_config(variant)``, and the defaults that they change."""
+"""Experiments: Python files with ``get_config(variant)``, and the default configuration that they change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def default(student: str = "wav2small") -> ConfigDict:
             "pretrained": "",  # weights to start from: a student or run directory, or a .safetensors file (convert.start)
             "seed": 0,
             "batch_size": 16,  # views in a step, those of all devices together
-            "accumulate": 1,  # parts of a batch that are heard one after the other where memory is short
+            "accumulate": 1,  # parts of a batch that are computed one after the other, to save memory
             "dtype": "float32",  # "bfloat16": of the student's arithmetic; weights, moments and log-mel stay float32
             "form": "auto",  # of Wav2Small's convolutions: native, direct or blocks; auto: the backend's best
             "steps": 2000,
@@ -33,15 +33,15 @@ def default(student: str = "wav2small") -> ConfigDict:
             "warmup": 0.05,  # share of the steps
             "weight_decay": 1e-4,
             "l2": 0.1,  # weight of the squared error beside the CCC loss, on standardised labels
-            "ema": 0.98,  # decay per step of the averaged weights that are evaluated and kept; 0: the last weights
-            "calibrate": True,  # give predictions the labels' mean and spread on the validation views; CCC asks for it
-            "crop": 1.0,  # share of each view that a training step hears; below 1 it regularises, and steps are cheaper
+            "ema": 0.98,  # decay per step of the averaged weights, which are evaluated and saved; 0: the last weights
+            "calibrate": True,  # scale predictions to the labels' mean and deviation on the validation views, for CCC
+            "crop": 1.0,  # share of each view that a training step is given; below 1 it regularises, and steps are cheaper
             "clip_norm": 1.0,  # largest global norm of a gradient
             "eval_every": 200,  # steps between evaluations, each with a checkpoint
             "log_every": 10,  # steps between lines in metrics.jsonl
             "scan_steps": 0,  # steps in one dispatch; 0: the measured best of the backend
-            "parallel": "jit",  # one program over all devices, or "pmap"
-            "data_shards": 0,  # groups of clips that each give an equal part of a batch; 0: as many as devices
+            "parallel": "jit",  # jit(shard_map(step)), or "pmap"
+            "data_shards": 0,  # sets of clips that each give an equal part of a batch; 0: one per device
             "bank_placement": "auto",  # "device", "host", or by memory
             "bank_gib": 0.0,  # largest part of a bank to keep on a device; 0: half of the device's memory
             "workers": 0,  # processes that read a bank on the host; 0: threads

@@ -51,11 +51,11 @@ _SPLIT_NAMES = {
 
 
 class CorpusError(W2SError):
-    """The corpus is not what its format says, or its splits share a speaker or a recording."""
+    """The corpus does not have its format, or its splits share a speaker or a recording."""
 
 
 class CorpusWarning(UserWarning):
-    """The corpus was read, but something in it was left out, or is probably not what its owner thinks."""
+    """The corpus was read, but something was left out or is probably a mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -466,8 +466,8 @@ def check_splits(clips: Sequence[Clip]) -> None:
             )
     if leaks := find_leaks(clips):
         raise CorpusError(
-            f"{_told(leaks)}; move each recording to one split, leave the splits blank to have them assigned, or leave these "
-            "clips out (--leaks drop)"
+            f"{_describe(leaks)}; move each recording to one split, leave the splits blank to have them assigned, or leave "
+            "these clips out (--leaks drop)"
         )
 
 
@@ -476,7 +476,7 @@ def drop_leaks(clips: Sequence[Clip]) -> list[Clip]:
     leaks = find_leaks(clips)
     if not leaks:
         return list(clips)
-    _warn(f"{_told(leaks)}; left out of {' and '.join(s for s in SPLITS if any(clip.split == s for clip, _ in leaks))}")
+    _warn(f"{_describe(leaks)}; left out of {' and '.join(s for s in SPLITS if any(clip.split == s for clip, _ in leaks))}")
     dropped = {clip for clip, _ in leaks}
     return [clip for clip in clips if clip not in dropped]
 
@@ -529,7 +529,7 @@ def check_decoded(clips: Sequence[Clip], digests: Sequence[str | None]) -> None:
             pairs.append((clip, first[digest]))
     if pairs:
         raise CorpusError(
-            f"{_told(pairs, 'by their samples')}; move each recording to one split, or leave the copies out of the corpus"
+            f"{_describe(pairs, 'by their samples')}; move each recording to one split, or leave the copies out of the corpus"
         )
 
 
@@ -556,19 +556,19 @@ def _end(clip: Clip) -> float:
 
 
 def _first(found: Sequence[str]) -> str:
-    """The first three, and how many more there are."""
+    """The first three, and the number of the others."""
     return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 
 
-def _told(leaks: Sequence[tuple[Clip, Clip]], how: str = "by the content of their files") -> str:
-    """What was found, in words, with counts and the first places."""
+def _describe(leaks: Sequence[tuple[Clip, Clip]], how: str = "by the content of their files") -> str:
+    """Leaks in words, with counts and the first places."""
 
-    def told(clip: Clip) -> str:
+    def place(clip: Clip) -> str:
         segment = clip.start or clip.end is not None
         return clip.name + (f" from {clip.start:g} s to {_end(clip):g} s" if segment else "") + f" ({clip.split})"
 
     def listed(pairs: Sequence[tuple[Clip, Clip]], between: str) -> str:
-        return _first([f"{told(clip)} {between} {told(other)}" for clip, other in pairs])
+        return _first([f"{place(clip)} {between} {place(other)}" for clip, other in pairs])
 
     copies = [(clip, other) for clip, other in leaks if clip.name != other.name]
     segments = [(clip, other) for clip, other in leaks if clip.name == other.name]
@@ -635,18 +635,18 @@ _BEYOND = 0.1
 
 
 def fault(clip: Clip, samples: int, silent: bool) -> str | None:
-    """Why a clip that was decoded is of no use, in words; None if it is.
+    """Why a decoded clip cannot be used; None if it can.
 
     Args:
-        clip: what was asked for.
-        samples: what was found, at 16 kHz.
+        clip: as the corpus describes it.
+        samples: its decoded length, at 16 kHz.
         silent: not one sample differs from zero.
     """
-    found = clip.start + samples / SAMPLING_RATE
-    if clip.end is not None and clip.end > found + _BEYOND:
-        milliseconds = 100 <= clip.end <= 1000 * (found + _BEYOND)
+    end = clip.start + samples / SAMPLING_RATE
+    if clip.end is not None and clip.end > end + _BEYOND:
+        milliseconds = 100 <= clip.end <= 1000 * (end + _BEYOND)
         slip = "times are in seconds; are these milliseconds?" if milliseconds else "no end: to the end"
-        return f"the file ends at {found:.3g} s, but the clip is to end at {clip.end:g} s ({slip})"
+        return f"the file ends at {end:.3g} s, but the clip is to end at {clip.end:g} s ({slip})"
     if silent:
         return "silent: every sample is zero, so there is nothing to learn from"
     return None

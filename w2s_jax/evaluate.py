@@ -10,26 +10,26 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint, metrics
+from w2s_jax import DIMENSIONS, SAMPLING_RATE, checkpoint, metrics, plots
 from w2s_jax.bank import Bank
 from w2s_jax.devices import computing
 from w2s_jax.errors import MismatchError, UsageError
-from w2s_jax.files import write_atomic, write_json
+from w2s_jax.files import write_json
 from w2s_jax.labels import Labels
 from w2s_jax.render import render_on_host
 from w2s_jax.runtime import Predictor
-from w2s_jax.views import Views, draw
+from w2s_jax.views import Views, batch_by_length, draw
 
 _BATCH = 32
 
-#: Fewer clips than these have no confidence interval: of intervals that are meant to hold 95 times in 100, the bootstrap's held
-#: 25 to 36 times with 2 clips, 78 with 5, 86 with 10, and 92 with 30 (300 normal samples each, CCC 0.5 and 0.9).
+#: With fewer clips there is no confidence interval: the bootstrap's 95 % intervals hold the true CCC in 25 to 36 % of cases
+#: with 2 clips, 78 % with 5, 86 % with 10, and 92 % with 30 (300 normal samples each, CCC 0.5 and 0.9).
 FEWEST_CLIPS = 10
 
-#: Fewer clips than these have an interval that is known to be too narrow, and a note that says so.
+#: With fewer clips the interval is known to be too narrow, and a note says so.
 FEW_CLIPS = 30
 
-#: A teacher is not asked about clips of fewer samples: 50 ms, above what every teacher needs.
+#: Shorter clips (in samples: 50 ms) are left out when teachers are evaluated; every teacher accepts this length.
 SHORTEST = 800
 
 
@@ -48,17 +48,14 @@ def predict_views(
     Returns:
         float64 [n, D].
     """
-    size = _BATCH * devices
-    lengths, parts, places = views.columns["samples"][rows], [], []
-    for length in np.unique(lengths):
-        members = np.flatnonzero(lengths == length)
-        for at in range(0, len(members), size):
-            batch = members[at : at + size]
-            waves = render_on_host(bank, views, rows[np.resize(batch, size)])
-            parts.append(np.asarray(infer(waves), np.float64)[: len(batch)])
-            places.append(batch)
+    batch_size = _BATCH * devices
+    batches = list(batch_by_length(views.columns["samples"][rows], batch_size))
+    parts = []
+    for batch in batches:
+        waves = render_on_host(bank, views, rows[np.resize(batch, batch_size)])
+        parts.append(np.asarray(infer(waves), np.float64)[: len(batch)])
     out = np.concatenate(parts)
-    out[np.concatenate(places)] = out.copy()
+    out[np.concatenate(batches)] = out.copy()
     return out
 
 
@@ -66,10 +63,10 @@ def load(path: str | os.PathLike) -> tuple[Callable[[np.ndarray], np.ndarray], t
     """A run or student directory (evaluated in Flax) or an exported model (evaluated in ONNX Runtime).
 
     Returns:
-        A function float32 [B, T] → [B, D], the names of the D outputs, and what is known of the teacher.
+        A function float32 [B, T] → [B, D], the names of the D outputs, and the teacher's provenance.
 
     Raises:
-        UsageError: nothing that can be evaluated lies there.
+        UsageError: there is nothing that can be evaluated.
     """
     path = Path(path)
     if path.suffix == ".onnx" or (path / "model.onnx").exists():
@@ -112,7 +109,7 @@ def evaluate(
         seed: of the bootstrap.
 
     Returns:
-        ``{"split", "views", "clips", "notes": [what is to be said of the figures], "teacher": {dimension: {"ccc", "low",
+        ``{"split", "views", "clips", "notes": [warnings about small samples], "teacher": {dimension: {"ccc", "low",
         "high"}, "mean": …} | None, "human": … | None}``
 
     Raises:
@@ -166,7 +163,7 @@ def evaluate(
         raise UsageError(f"the {split} split has ratings of {known.sum()} clips; a CCC needs two at least, or give --labels")
     if out is not None:
         write_json(Path(out) / f"eval_{split}.json", report)
-        scatter(Path(out) / f"eval_{split}.png", panels, f"{Path(path).name}, {split} split")
+        plots.scatter(Path(out) / f"eval_{split}.png", panels, f"{Path(path).name}, {split} split")
     return report
 
 
@@ -184,22 +181,22 @@ def evaluate_teacher(
 ) -> dict:
     """CCC of a teacher with people's ratings, on whole clips.
 
-    A Transformer hears clips of nearly equal length together, filled up to the next second and masked, so that its values are
-    those of the clip alone; every other teacher hears one clip at a time.
+    A Transformer gets batches of clips of nearly equal length, padded to the next second and masked, so that its values are
+    those of the clip alone; every other teacher gets one clip at a time.
 
     Args:
         teacher: from ``teachers.load``.
         bank: of a corpus that has ratings.
         split: train, validation or test.
-        batch_size: clips that each device hears at once.
-        longest: of a longer clip only that many seconds are heard.
+        batch_size: clips in a batch, per device.
+        longest: longer clips are cut to that many seconds.
         out: directory for teacher_SPLIT.json and teacher_SPLIT.png; default: none are written.
         seed: of the bootstrap.
         progress: called with (clips done, clips in all).
 
     Returns:
         ``{"teacher", "split", "clips", "cut", "notes", "human": {dimension: {"ccc", "low", "high"}, "mean": …}}``; rated clips
-        below 50 ms are not in it.
+        below 50 ms are left out.
 
     Raises:
         UsageError: the split has no ratings of the teacher's dimensions.
@@ -221,17 +218,14 @@ def evaluate_teacher(
     predicted, done = np.empty((len(clips), len(names))), 0
     devices = getattr(teacher, "devices", None)
     widths = -(-samples // SAMPLING_RATE) * SAMPLING_RATE if devices else samples
-    for width in np.unique(widths):
-        members, size = np.flatnonzero(widths == width), batch_size * devices if devices else 1
-        for at in range(0, len(members), size):
-            batch = members[at : at + size]
-            waves = np.zeros((len(batch), width), np.float32)
-            for wave, clip, length in zip(waves, clips[batch], samples[batch], strict=True):
-                wave[:length] = bank.wave(clip, length)
-            predicted[batch] = teacher(waves, samples[batch]) if devices else teacher(waves)
-            done += len(batch)
-            if progress:
-                progress(done, len(clips))
+    for batch in batch_by_length(widths, batch_size * devices if devices else 1):
+        waves = np.zeros((len(batch), widths[batch[0]]), np.float32)
+        for wave, clip, length in zip(waves, clips[batch], samples[batch], strict=True):
+            wave[:length] = bank.wave(clip, length)
+        predicted[batch] = teacher(waves, samples[batch]) if devices else teacher(waves)
+        done += len(batch)
+        if progress:
+            progress(done, len(clips))
     report = {
         "teacher": teacher.name,
         "split": split,
@@ -243,7 +237,7 @@ def evaluate_teacher(
     if out is not None:
         write_json(Path(out) / f"teacher_{split}.json", report)
         panel = ("people's ratings", names, predicted, ratings[clips], report["human"])
-        scatter(Path(out) / f"teacher_{split}.png", [panel], f"{teacher.name}, {split} split", "teacher")
+        plots.scatter(Path(out) / f"teacher_{split}.png", [panel], f"{teacher.name}, {split} split", "teacher")
     return report
 
 
@@ -261,43 +255,9 @@ def _scores(predicted: np.ndarray, target: np.ndarray, groups: np.ndarray, names
 
 
 def _notes(clips: int, what: str) -> list[str]:
-    """What is to be said of a CCC of so few clips."""
+    """Warnings about a CCC of few clips."""
     if clips < FEWEST_CLIPS:
         return [f"{clips} {what} are too few for a confidence interval (it takes {FEWEST_CLIPS}); the CCC itself says little"]
     if clips < FEW_CLIPS:
         return [f"with {clips} {what} the 95 % intervals are too narrow: they hold about 9 times in 10"]
     return []
-
-
-def scatter(path: Path, panels: list, title: str, who: str = "student") -> None:
-    """Draw prediction against target, a row per comparison and a panel per dimension, as PNG.
-
-    ``panels`` is a list of (what the target is, names, predicted [N, D], target [N, D], scores).
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = max(len(names) for _, names, *_ in panels)
-    figure = Figure(figsize=(3.4 * columns, 3.6 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), columns, squeeze=False)
-    for row, (what, names, predicted, target, scores) in zip(axes, panels, strict=True):
-        for at, axis in enumerate(row):
-            if at >= len(names):
-                axis.set_visible(False)
-                continue
-            x, y = target[:, at], predicted[:, at]
-            low, high = min(x.min(), y.min()), max(x.max(), y.max())
-            margin = 0.05 * (high - low) or 0.05
-            axis.plot([low, high], [low, high], color="0.6", linewidth=1, zorder=1)
-            axis.scatter(x, y, s=7, alpha=min(1.0, 0.15 + 60 / len(x)), color="tab:blue", edgecolors="none", zorder=2)
-            score = scores[names[at]]
-            interval = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
-            axis.set_title(f"{names[at]}: CCC {score['ccc']:.3f}{interval}", fontsize=9)
-            axis.set_xlabel(what, fontsize=9)
-            axis.set_xlim(low - margin, high + margin)
-            axis.set_ylim(low - margin, high + margin)
-            axis.set_aspect("equal")
-        row[0].set_ylabel(who, fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -1,14 +1,12 @@
-"""Let a teacher label every view, shard by shard; what is finished stays finished, and any number of processes may help."""
+"""Label every view by a teacher, shard by shard; finished shards are kept, and any number of processes can share the work."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +20,8 @@ from w2s_jax.errors import MismatchError, W2SError
 from w2s_jax.files import read_json, write_json
 from w2s_jax.locks import Shares
 from w2s_jax.render import render_on_host
-from w2s_jax.teachers import Teacher, hear, provenance
-from w2s_jax.views import RENDERING, Views
+from w2s_jax.teachers import Teacher, label_with_members, provenance
+from w2s_jax.views import RENDERING, Views, batch_by_length
 
 #: Batches that are rendered ahead of the teacher.
 _AHEAD = 2
@@ -42,17 +40,17 @@ def label(
 ) -> dict:
     """Label all views. Run again after a kill, it keeps the finished shards and makes the rest; the result is the same.
 
-    Several processes may run this on one ``out`` at once, on one machine or on several that share a file system with locks:
-    each takes the next shard that nobody has, and takes over the shards of one that dies. All return when all is done. Views
-    are rendered ahead while the teacher computes.
+    Several processes can run this on one ``out`` at once, on one machine or on several that share a file system with locks:
+    each takes the next free shard, and takes over the shards of a process that dies. All return when all shards are finished.
+    Views are rendered ahead while the teacher computes.
 
     Args:
         bank, views: what to label; they belong together.
-        teacher: who labels.
+        teacher: from ``teachers.load``.
         out: the directory of the labels.
-        batch_size: views of one length that each device hears at once; the labels do not depend on it.
+        batch_size: views of one length in a batch, per device; the labels do not depend on it.
         force: relabel from nothing where ``out`` holds labels of another teacher or other views.
-        progress: called with (views done by anyone, views in all, views per second of this process).
+        progress: called with (views done by all processes, views in all, views per second of this process).
 
     Returns:
         labels.json as a dict.
@@ -78,7 +76,7 @@ def label(
     about = labels.signed(about)
     names = labels.columns(about["teacher"])
     with Shares(out) as shares:
-        with shares.door():
+        with shares.exclusive():
             _claim(out, about, force, shares)
         done, labelled, began = 0, 0, time.perf_counter()
 
@@ -89,84 +87,85 @@ def label(
             if progress:
                 progress(done, len(views), views_per_second=labelled / max(time.perf_counter() - began, 1e-9))
 
-        def keep(job: _Batch, heard: list) -> None:
-            shard = job.shard
-            shard.values[job.places] = np.concatenate(heard, axis=1)
-            shard.left -= len(job.places)
-            advance(len(job.places), own=True)
-            if shard.left == 0:
-                broken = np.flatnonzero(~np.isfinite(shard.values).all(axis=1))
-                if len(broken):
-                    what = f"teacher {teacher.name} gave {shard.values[broken[0]]} for view {shard.rows[broken[0]]}"
+        def store(batch: _Batch, values: list) -> None:
+            shard = batch.shard
+            shard.values[batch.places] = np.concatenate(values, axis=1)
+            shard.missing -= len(batch.places)
+            advance(len(batch.places), own=True)
+            if shard.missing == 0:
+                bad = np.flatnonzero(~np.isfinite(shard.values).all(axis=1))
+                if len(bad):
+                    what = f"teacher {teacher.name} gave {shard.values[bad[0]]} for view {shard.rows[bad[0]]}"
                     raise W2SError(f"{what}: not finite")
                 labels.write_shard(out, shard.number, shard.rows, shard.values, names)
                 shares.free(shard.number)
 
         pending = deque()
         work = _shards(out, views, names, shares, advance)
-        for job in _ahead(_batches(bank, views, work, batch_size * getattr(teacher, "devices", 1))):
-            if job is not None:
-                pending.append((job, hear(teacher, job.waves)))
-            while len(pending) > (job is not None):  # an accelerator computes while its last values are put away
-                keep(*pending.popleft())
+        for batch in _ahead(_batches(bank, views, work, batch_size * getattr(teacher, "devices", 1))):
+            if batch is not None:
+                pending.append((batch, label_with_members(teacher, batch.waves)))
+            while len(pending) > (batch is not None):  # the last values are stored while an accelerator computes the next
+                store(*pending.popleft())
         while pending:
-            keep(*pending.popleft())
-        with shares.door():
+            store(*pending.popleft())
+        with shares.exclusive():
             write_json(out / "labels.json", about)
     return about
 
 
 @dataclass
 class _Shard:
-    """A shard of this process, and how many of its views have no values yet."""
+    """A shard that this process labels."""
 
     number: int
     rows: np.ndarray
     values: np.ndarray
-    left: int
+    missing: int  # views without values
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rendered views of one length, and their places in their shard."""
+    """Rendered views of one length."""
 
     shard: _Shard
-    places: np.ndarray
+    places: np.ndarray  # of the views in their shard
     waves: np.ndarray
 
 
 def _shards(out: Path, views: Views, names: tuple[str, ...], shares: Shares, advance: Callable) -> Iterator[_Shard | None]:
-    """The shards that this process shall make: those that nobody has taken, then those that others took and did not finish.
+    """The shards that this process has to label: free ones, then those that other processes took and did not finish.
 
-    None comes before it waits for another process, which may in turn be waiting for what this one has not put away yet.
+    Yields None before it waits for another process, so that the caller stores its pending shards first: that process may be
+    waiting for one of them.
     """
 
-    def whole(number: int) -> bool:
+    def is_finished(number: int) -> bool:
         return labels.read_shard(out, number, shards[number], names) is not None
 
-    def mine(number: int) -> Iterator[_Shard]:
+    def start(number: int) -> Iterator[_Shard]:
         rows = shards[number]
-        if whole(number):  # by another process, since
+        if is_finished(number):  # by another process in the meantime
             shares.free(number)
             advance(len(rows), own=False)
         else:
             yield _Shard(number, rows, np.empty((len(rows), len(names)), np.float32), len(rows))
 
     shards = labels.shards(views)
-    missing = [number for number in range(len(shards)) if not whole(number)]
+    missing = [number for number in range(len(shards)) if not is_finished(number)]
     advance(sum(map(len, shards)) - sum(len(shards[number]) for number in missing), own=False)
-    # hosts of one job begin at different places, so that without locks between them they still share the work
+    # the processes of a job start at different shards, so that they share the work even without locks between their hosts
     first = len(missing) * jax.process_index() // jax.process_count()
-    elsewhere = []
+    taken = []
     for number in missing[first:] + missing[:first]:
         if shares.take(number):
-            yield from mine(number)
+            yield from start(number)
         else:
-            elsewhere.append(number)
-    for number in elsewhere:
+            taken.append(number)
+    for number in taken:
         yield None
         shares.take(number, wait=True)
-        yield from mine(number)
+        yield from start(number)
 
 
 def _batches(bank: Bank, views: Views, shards: Iterator[_Shard | None], size: int) -> Iterator[_Batch | None]:
@@ -175,59 +174,34 @@ def _batches(bank: Bank, views: Views, shards: Iterator[_Shard | None], size: in
         if shard is None:
             yield None
             continue
-        samples = views.columns["samples"][shard.rows]
-        for length in np.unique(samples):
-            places = np.flatnonzero(samples == length)
-            for at in range(0, len(places), size):
-                batch = places[at : at + size]
-                yield _Batch(shard, batch, render_on_host(bank, views, shard.rows[batch]))
+        for places in batch_by_length(views.columns["samples"][shard.rows], size):
+            yield _Batch(shard, places, render_on_host(bank, views, shard.rows[places]))
 
 
 def _ahead(items: Iterator) -> Iterator:
     """The same items, made in a thread that is a few items ahead."""
-    ready, stop = queue.Queue(maxsize=_AHEAD), threading.Event()
-
-    def put(item: object) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.2)
-                return
-
-    def make() -> None:
-        try:
-            for item in items:
-                put((item, None))
-                if stop.is_set():
-                    return
-            put((None, StopIteration()))
-        except BaseException as error:  # it is raised where the items are used
-            put((None, error))
-
-    threading.Thread(target=make, daemon=True).start()
+    end, thread = object(), ThreadPoolExecutor(1)
     try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
+        upcoming = deque(thread.submit(next, items, end) for _ in range(_AHEAD))
+        while (item := upcoming.popleft().result()) is not end:
+            upcoming.append(thread.submit(next, items, end))
             yield item
     finally:
-        stop.set()
+        thread.shutdown(wait=False, cancel_futures=True)  # it may be waiting for a shard of another process
 
 
 def _claim(out: Path, about: dict, force: bool, shares: Shares) -> None:
-    """Note whose labels these will be before the first one is written, so that another teacher's are never mixed in."""
+    """Record the teacher and the views before the first label is written, so that labels of others are never mixed in."""
     plan = out / "plan.json"
     if force:
-        shares.alone()
+        shares.require_alone()
         for stale in [*(out / "shards").glob("*.parquet"), out / "labels.json"]:
             stale.unlink(missing_ok=True)
     elif plan.exists():
         try:
             before = labels.check(read_json(plan, "label plan"), plan)
             differing = _differing(before, about)
-        except MismatchError:  # it says what to do
+        except MismatchError:  # its message says what to do
             raise
         except W2SError as error:
             raise W2SError(
@@ -241,12 +215,12 @@ def _claim(out: Path, about: dict, force: bool, shares: Shares) -> None:
 
 
 def _differing(before: dict, now: dict) -> list[str]:
-    """What of a plan is not as it was, where that changes the labels."""
+    """The differences between two plans that change the labels."""
     old, new = before.get("teacher", {}), now["teacher"]
     pairs = [("views", before.get("views"), now["views"])]
     pairs += [(f"teacher's {what}" if what != "name" else "teacher", old.get(what), new.get(what)) for what in _IDENTITY]
     return [f"{what}: {a} there, {b} now" for what, a, b in pairs if a != b]
 
 
-#: What makes a teacher another one; the fingerprint tells, the rest says why.
+#: What identifies a teacher; the fingerprint alone would do, the rest explains a difference.
 _IDENTITY = ("name", "dtype", "normalisation", "fingerprint")

@@ -1,4 +1,4 @@
-"""Labels: what a teacher said of every view, in parquet shards with provenance."""
+"""Labels: a teacher's values for every view, in parquet shards with provenance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.files import fingerprint, read_json, write_atomic
 from w2s_jax.views import RENDERING, Views
 
-#: Views in a shard: what a kill can cost at most.
+#: Views in a shard; a kill loses at most so many labels.
 SHARD_VIEWS = 256
 
 
@@ -42,13 +42,13 @@ def columns(teacher: dict) -> tuple[str, ...]:
 
 
 def shards(views: Views) -> list[np.ndarray]:
-    """The rows of each shard. Views of one length stand together, so that a batch never mixes lengths."""
+    """The rows of each shard, in order of length, so that shards have few lengths and batches are full."""
     order = np.argsort(views.columns["samples"], kind="stable")
     return [order[at : at + SHARD_VIEWS] for at in range(0, len(order), SHARD_VIEWS)]
 
 
 def shard_path(directory: Path, number: int) -> Path:
-    """Where shard ``number`` lies."""
+    """The file of shard ``number``."""
     return directory / "shards" / f"{number:05d}.parquet"
 
 
@@ -83,12 +83,12 @@ def signed(about: dict) -> dict:
 
 
 def check(about: dict, path: Path) -> dict:
-    """Refuse what is not a description of labels, of a version that is not known, damaged, or of another rendering.
+    """Check the content of labels.json or plan.json.
 
     Raises:
         UsageError: ``path`` describes something else.
-        MismatchError: an unknown version, or the teacher heard views that were rendered in another way.
-        W2SError: not as it was written.
+        MismatchError: an unknown version, or the teacher labelled views that were rendered in another way.
+        W2SError: it is damaged or was changed.
     """
     if about.get("format") != "w2s-labels":
         raise UsageError(f"{path} does not describe labels of w2s_jax")
@@ -101,9 +101,9 @@ def check(about: dict, path: Path) -> dict:
     whole = isinstance(about.get("teacher"), dict) and isinstance(about.get("views"), str)
     if not whole or not (unsigned or about.get("checksum") == signed(about)["checksum"]):
         raise W2SError(f"{path} is damaged or was changed after it was written")
-    if (rendering := about.get("rendering", 1)) != RENDERING:  # not noted: made before there was another
+    if (rendering := about.get("rendering", 1)) != RENDERING:  # version 1 was not recorded
         raise MismatchError(
-            f"{path}: the teacher heard views of rendering {rendering}, a student would hear rendering {RENDERING}; "
+            f"{path}: the teacher labelled views of rendering {rendering}, this w2s_jax renders version {RENDERING}; "
             "label again (w2s label --force)"
         )
     return about

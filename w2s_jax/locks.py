@@ -1,4 +1,4 @@
-"""Locks on directories, and on parts of the work on one, between processes and machines."""
+"""Locks between processes and machines: on a directory, and on the parts of a job that they share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from w2s_jax.errors import W2SError
 
 @contextlib.contextmanager
 def locked(directory: str | os.PathLike) -> Iterator[None]:
-    """Hold ``directory`` for this process, so that two runs never write into the same place.
+    """Lock ``directory`` for this process, so that two runs never write into the same place.
 
-    The lock is the operating system's and goes with the process, however that ends.
+    The operating system releases the lock when the process ends, however it ends.
 
     Raises:
-        W2SError: another process holds it, or the directory cannot be written.
+        W2SError: another process has locked it, or the directory cannot be written.
     """
     directory = Path(directory)
     try:
@@ -32,7 +32,7 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: no lock, the atomic renames still hold
+        except ImportError:  # Windows: no lock; writing is still atomic
             pass
         except OSError as error:
             raise W2SError(f"{directory} is in use by another w2s process; wait for it or choose another directory") from error
@@ -40,20 +40,21 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
 
 
 class Shares:
-    """How several processes share the work on one directory: who does which part, by locks that the operating system keeps.
+    """Distributes the numbered parts of a job over the processes that work on one directory.
 
-    The locks go with their process, however that ends, so the parts of one that was killed are free again. They hold between
-    the processes of a machine, and between machines whose shared file system has locks (NFS has). Where there are none
-    (Windows), every part is always free: then start one process.
+    A part is a byte of one lock file, ``directory``/.lock. The operating system releases the locks of a process when it ends,
+    however it ends, so that the parts of a killed process are free again. Locks work between the processes of a machine, and
+    between machines that share a file system with locks (NFS has them). Without locks (Windows) every part is always free:
+    then start one process only.
 
     Args:
-        directory: what is shared; made when missing.
+        directory: of the job; made when missing.
 
     Raises:
         W2SError: the directory cannot be written.
     """
 
-    _DOOR, _PRESENCE, _PARTS = 0, 1, 2  # bytes of the lock file, which need not exist to be locked
+    _EXCLUSIVE, _PRESENT, _PARTS = 0, 1, 2  # bytes of the lock file; they can be locked without existing
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self._directory = Path(directory)
@@ -67,7 +68,7 @@ class Shares:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()  # lets go of every lock
+        self._file.close()  # releases all locks
 
     def _lock(self, byte: int, mode: str) -> bool:
         try:
@@ -85,27 +86,28 @@ class Shares:
         return True
 
     @contextlib.contextmanager
-    def door(self) -> Iterator[None]:
-        """One process at a time: what is decided here is seen by all that come later. Waits for its turn."""
-        self._lock(self._DOOR, "wait")
+    def exclusive(self) -> Iterator[None]:
+        """Run the block in one process at a time, after waiting for the others; then count this process as present."""
+        self._lock(self._EXCLUSIVE, "wait")
         try:
             yield
-            self._lock(self._PRESENCE, "share")
+            self._lock(self._PRESENT, "share")
         finally:
-            self._lock(self._DOOR, "free")
+            self._lock(self._EXCLUSIVE, "free")
 
-    def alone(self) -> None:
-        """Inside the door, before starting over.
+    def require_alone(self) -> None:
+        """Refuse to go on if another process is present; to be called inside ``exclusive``.
 
         Raises:
-            W2SError: another process is at work here.
+            W2SError: another process is present.
         """
-        if not self._lock(self._PRESENCE, "take"):
+        if not self._lock(self._PRESENT, "take"):
             raise W2SError(f"{self._directory} is in use by another w2s process; wait for it or choose another directory")
 
     def take(self, part: int, wait: bool = False) -> bool:
-        """Take a part; False if another process has it. With ``wait``, look again until it is free."""
-        # not "wait" in the kernel: two processes whose threads wait for each other's parts are no deadlock, but it says so
+        """Lock a part; False if another process has locked it. With ``wait``, try again until it is free."""
+        # polling, because the kernel's blocking lock reports a deadlock where two processes wait for parts of each other. It
+        # judges by processes, and here another thread of the process finishes its part and frees it
         while not self._lock(self._PARTS + part, "take"):
             if not wait:
                 return False
@@ -113,5 +115,5 @@ class Shares:
         return True
 
     def free(self, part: int) -> None:
-        """Let go of a part."""
+        """Unlock a part."""
         self._lock(self._PARTS + part, "free")

@@ -1,4 +1,4 @@
-"""What students minimise: one minus the concordance correlation coefficient of the whole batch, and a little squared error."""
+"""The training loss: one minus the concordance correlation coefficient of the global batch, plus a weighted squared error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def ccc(prediction: Array, target: Array, axis_name: str | None = None) -> Array
     """Concordance correlation coefficient per dimension: float32 [B, D], [B, D] → [D].
 
     ``2·cov(x, y) / (var x + var y + (mean x − mean y)²)`` with population moments (Lin 1989). The moments are those of the
-    set, never means of parts' CCCs: under a pmap with ``axis_name`` they are reduced over all devices. 0/0 gives 0.
+    set, never means of parts' CCCs: with ``axis_name`` they are reduced over all devices. 0/0 gives 0.
     """
     if prediction.shape != target.shape or prediction.ndim != 2:
         raise ValueError(f"expected prediction and target [B, D], got {prediction.shape} and {target.shape}")

@@ -20,7 +20,7 @@ ROW = 1 << 16  # see locate
 
 
 class Recipe(NamedTuple):
-    """A batch of views as arrays [B]; integers are int32, the rest float32.
+    """How B views are rendered, as arrays [B]; integers are int32, the rest float32.
 
     ``row`` and ``column`` say where the clip begins in a bank of rows, ``length`` how many samples it has, ``offset`` where
     in it the view begins; ``partner_…`` the same of what is mixed in. ``gain`` and ``partner_level`` are amplitudes:
@@ -40,46 +40,53 @@ class Recipe(NamedTuple):
     partner_level: Array
 
 
-def recipes(bank: Bank, views: Views, chosen: np.ndarray, starts: np.ndarray | None = None) -> Recipe:
-    """The recipes of some rows of a table of views, as numpy arrays [len(chosen)].
+def make_recipe(bank: Bank, views: Views, rows: np.ndarray, starts: np.ndarray | None = None) -> Recipe:
+    """The recipe of some rows of a table of views, as numpy arrays [len(rows)].
 
-    ``starts`` (int64 [clips]) says where clips begin in a part of the bank, as ``rows`` gives it; default: in the whole bank.
+    ``starts`` (int64 [clips]) says where clips begin in a part of the bank, as ``pack_clips`` gives it; default: in the whole
+    bank.
     """
     starts = bank.starts if starts is None else starts
-    columns = {name: column[chosen] for name, column in views.columns.items()}
+    columns = {name: column[rows] for name, column in views.columns.items()}
     clip, partner = columns["clip"], np.where(columns["partner"] < 0, columns["clip"], columns["partner"])
+    row, column = (array.astype(np.int32) for array in np.divmod(starts[clip], ROW))
+    partner_row, partner_column = (array.astype(np.int32) for array in np.divmod(starts[partner], ROW))
+    gain, partner_level = compute_amplitudes(bank, views, rows)
     return Recipe(
-        *(array.astype(np.int32) for array in np.divmod(starts[clip], ROW)),
-        bank.clips["samples"][clip],
-        columns["offset"],
-        *(array.astype(np.int32) for array in np.divmod(starts[partner], ROW)),
-        bank.clips["samples"][partner],
-        columns["partner_offset"],
-        *levels(bank, views, chosen),
+        row=row,
+        column=column,
+        length=bank.clips["samples"][clip],
+        offset=columns["offset"],
+        partner_row=partner_row,
+        partner_column=partner_column,
+        partner_length=bank.clips["samples"][partner],
+        partner_offset=columns["partner_offset"],
+        gain=gain,
+        partner_level=partner_level,
     )
 
 
-def levels(bank: Bank, views: Views, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Decibels to amplitudes: ``gain`` and ``partner_level`` of some views, float32 [len(rows)] each.
+def compute_amplitudes(bank: Bank, views: Views, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Convert decibels to amplitudes: ``gain`` and ``partner_level`` of some views, float32 [len(rows)] each.
 
-    The gain is what the bank's samples are multiplied by, so that a clip that is stored at another level is heard at its own.
-    The partner's stored level does not matter: its level in the mixture is relative to the view's.
+    The gain also undoes the scale at which the clip is stored. The partner's stored scale does not matter: its level in the
+    mixture is relative to the view's.
     """
     gain = 10.0 ** (views.columns["gain_db"][rows] / 20.0) / bank.scales[views.columns["clip"][rows]]
     level = 10.0 ** (-views.columns["snr_db"][rows] / 20.0)
     return gain.astype(np.float32), np.where(views.columns["partner"][rows] < 0, 0.0, level).astype(np.float32)
 
 
-def rows(bank: Bank, clips: np.ndarray | None = None, height: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Some clips' samples for a device, back to back, the end filled with zeros.
+def pack_clips(bank: Bank, clips: np.ndarray | None = None, height: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Pack clips back to back into an array of rows for a device, the end filled with zeros.
 
     Args:
         bank: the clips.
-        clips: which, int [n]; default: all.
-        height: rows that there shall be, if the clips need fewer.
+        clips: which of them, int [n]; default: all.
+        height: rows of the result, if the clips need fewer.
 
     Returns:
-        int16 [⌈samples / ROW⌉ or height, ROW], and where each clip of the bank begins in it, int64 [clips]; -1: not there.
+        int16 [⌈samples / ROW⌉ or height, ROW], and where each clip of the bank begins in it, int64 [clips]; -1: not packed.
     """
     clips = np.arange(len(bank)) if clips is None else clips
     lengths = bank.clips["samples"][clips].astype(np.int64)
@@ -100,9 +107,9 @@ def locate(row: Array, column: Array, step: Array) -> tuple[Array, Array]:
 
 
 def gather(bank: Array, row: Array, column: Array, length: Array, offset: Array, samples: int) -> Array:
-    """Pieces of clips on the device: int16 [rows, ROW] and four int32 [B] → int16 [B, samples].
+    """Read excerpts of clips on the device: int16 [rows, ROW] and four int32 [B] → int16 [B, samples].
 
-    A piece that runs past its clip's end goes on at its beginning, as in ``Bank.gather``.
+    An excerpt that runs past its clip's end continues at its beginning, as in ``Bank.gather``.
     """
     row, column, length, offset = (x[:, None] for x in (row, column, length, offset))
     step = offset + jnp.arange(samples, dtype=jnp.int32)
@@ -112,14 +119,14 @@ def gather(bank: Array, row: Array, column: Array, length: Array, offset: Array,
 
     if jax.default_backend() != "cpu":
         return read(step % length)
-    # a CPU takes as long for so many divisions as for reading; a piece goes at most once around, but for the shortest clips.
-    # And what a branch has read is kept, or XLA would read it again for the mixture after its level
+    # on a CPU the divisions take as long as reading, and only very short clips wrap more than once. The conditional also makes
+    # XLA store what a branch has read, instead of reading it a second time for the mixture
     once = jnp.all(offset + samples <= 2 * length)
     return lax.cond(once, lambda: read(jnp.where(step < length, step, step - length)), lambda: read(step % length))
 
 
 def mix(own: Array, partner: Array, gain: Array, partner_level: Array) -> Array:
-    """Two int16 [B, T] → float32 [B, T] in ±1 at gain 1: the partner at ``partner_level`` times the RMS of ``own``.
+    """Mix two int16 [B, T] to float32 [B, T], ±1 at gain 1: the partner gets ``partner_level`` times the RMS of ``own``.
 
     A silent partner adds nothing.
     """
@@ -130,14 +137,23 @@ def mix(own: Array, partner: Array, gain: Array, partner_level: Array) -> Array:
 
 
 def render(bank: Array, recipe: Recipe, samples: int) -> Array:
-    """Views as waveforms: a bank of rows (int16 [rows, ROW]) and recipes [B] → float32 [B, samples]."""
+    """Render views: a bank of rows (int16 [rows, ROW]) and a recipe of B views → waveforms float32 [B, samples]."""
     own = gather(bank, recipe.row, recipe.column, recipe.length, recipe.offset, samples)
     partner = gather(bank, recipe.partner_row, recipe.partner_column, recipe.partner_length, recipe.partner_offset, samples)
     return mix(own, partner, recipe.gain, recipe.partner_level)
 
 
-def pieces(bank: Bank, views: Views, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The arguments of ``mix`` for views of one length, read from the memory-mapped bank, whatever its size."""
+class Sources(NamedTuple):
+    """What ``mix`` makes B views of one length of: two int16 [B, T], and two float32 [B] as in ``Recipe``."""
+
+    own: Array
+    partner: Array
+    gain: Array
+    partner_level: Array
+
+
+def read_sources(bank: Bank, views: Views, rows: np.ndarray) -> Sources:
+    """Read what views of one length are mixed of from the memory-mapped bank, whatever its size."""
     columns = {name: column[rows] for name, column in views.columns.items()}
     samples = int(columns["samples"][0])
     own = bank.gather(columns["clip"], columns["offset"], samples)
@@ -145,20 +161,23 @@ def pieces(bank: Bank, views: Views, rows: np.ndarray) -> tuple[np.ndarray, np.n
     mixed = columns["partner"] >= 0
     if mixed.any():
         partner[mixed] = bank.gather(columns["partner"][mixed], columns["partner_offset"][mixed], samples)
-    return own, partner, *levels(bank, views, rows)
+    gain, partner_level = compute_amplitudes(bank, views, rows)
+    return Sources(own, partner, gain, partner_level)
 
 
-_mix = jax.jit(mix)
+@jax.jit
+def _mix_sources(sources: Sources) -> Array:
+    return mix(**sources._asdict())
 
 
 @computing()
 def render_on_host(bank: Bank, views: Views, rows: np.ndarray) -> np.ndarray:
-    """Views of one length as waveforms, float32 [len(rows), T], without a copy of the bank on the device.
+    """Render views of one length, float32 [len(rows), T], without a copy of the bank on the device.
 
-    The host's processor mixes, so that this never waits for an accelerator that is busy.
+    Runs on the host's CPU, so that it never waits for a busy accelerator.
     """
     with jax.default_device(_host()):
-        return np.asarray(_mix(*pieces(bank, views, rows)))
+        return np.asarray(_mix_sources(read_sources(bank, views, rows)))
 
 
 @functools.cache

@@ -1,13 +1,14 @@
-"""Views: recipes for exact pieces of audio, so that the teacher labels what the student will hear.
+"""Views: recipes for exact excerpts of audio, so that teacher and student get the same samples.
 
-A view says which clip, from which sample, how long, how loud, and what is mixed into it. ``draw`` makes a table of them;
-``w2s_jax.render`` turns recipes into waveforms.
+A view names a clip, the first sample, the length, the gain, and what is mixed in. ``draw`` makes a table of views;
+``w2s_jax.render`` renders them as waveforms.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,8 @@ COLUMNS = {
 }
 
 
-#: The version of what ``w2s_jax.render`` makes of a recipe. Labels note it, so that a student never hears other audio than its
-#: teacher did: whoever changes the rendered samples adds 1.
+#: The version of the samples that ``w2s_jax.render`` computes, raised whenever they change. Labels record it, so that a student
+#: is never trained on other audio than its teacher labelled.
 RENDERING = 1
 
 #: Where a mixture's partner may come from.
@@ -60,12 +61,9 @@ class Views:
     def __len__(self) -> int:
         return len(self.columns["view"])
 
-    def where(self, split: str, samples: int | None = None) -> np.ndarray:
-        """Row numbers of a split, of one length in samples if given: int64 [n]."""
-        chosen = self.columns["split"] == split
-        if samples is not None:
-            chosen &= self.columns["samples"] == samples
-        return np.flatnonzero(chosen)
+    def where(self, split: str) -> np.ndarray:
+        """Row numbers of a split: int64 [n]."""
+        return np.flatnonzero(self.columns["split"] == split)
 
     def check(self, bank: Bank) -> Views:
         """Refuse a bank that these views were not drawn from; returns the views.
@@ -106,6 +104,14 @@ class Views:
         table = pa.table({name: pa.array(self.columns[name]) for name in COLUMNS})
         table = table.replace_schema_metadata({"w2s": json.dumps({**self.about, "fingerprint": self.fingerprint})})
         write_atomic(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def batch_by_length(samples: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """Group int [n] lengths into batches of equal length, the shortest first: indices int64 [≤ batch_size] of each batch."""
+    for length in np.unique(samples):
+        members = np.flatnonzero(samples == length)
+        for at in range(0, len(members), batch_size):
+            yield members[at : at + batch_size]
 
 
 def read(path: str | os.PathLike) -> Views:
@@ -162,7 +168,7 @@ def draw(
     """Draw views of every clip.
 
     Training views are random: a length from ``seconds`` that fits into the clip, a crop, a gain and, for a part of them, a
-    mixture with a random piece of another training clip. Validation and test views are clean and fixed: the longest
+    mixture with a random excerpt of another training clip. Validation and test views are clean and fixed: the longest
     length that fits, evenly spaced crops, gain 0. A clip that is shorter than the shortest length is repeated to fill it:
     nothing is padded with zeros.
 
@@ -191,50 +197,14 @@ def draw(
     if partners not in PARTNERS:
         raise UsageError(f"partners is {partners!r}; expected {' or '.join(PARTNERS)}")
     rng = np.random.default_rng(seed)
-    available = bank.clips["samples"]
-    usable = available >= min_seconds * SAMPLING_RATE
+    usable = bank.clips["samples"] >= min_seconds * SAMPLING_RATE
     parts = []
     for split in SPLITS:
         clips = np.flatnonzero((bank.clips["split"] == split) & usable)
-        if not len(clips):
-            continue
-        training = split == "train"
-        copies = per_clip if training else eval_per_clip
-        partners_from, number = clips, np.tile(np.arange(copies), len(clips))
-        clips = np.repeat(clips, copies)
-        fitting = np.maximum(np.searchsorted(lengths, available[clips], side="right"), 1)
-        bucket = rng.integers(0, fitting) if training else fitting - 1
-        samples = lengths[bucket]
-        # where a crop may begin: anywhere that fits; anywhere at all in a clip that is repeated
-        room = np.where(available[clips] >= samples, available[clips] - samples + 1, available[clips])
-        if training:
-            offset = rng.integers(0, room)
-            mixed = rng.random(len(clips)) < mix
-            first, last = 0, len(partners_from)
-            if partners == "shard":
-                shard, own = bank.clips["shard"][partners_from], bank.clips["shard"][clips]
-                first, last = np.searchsorted(shard, own), np.searchsorted(shard, own, side="right")
-            partner = partners_from[rng.integers(first, last, len(clips))]
-            mixed &= partner != clips
-            partner_offset = rng.integers(0, available[partner])
-            gain = rng.uniform(*gain_db, len(clips))
-            snr = rng.uniform(*snr_db, len(clips))
-        else:
-            offset = ((2 * number + 1) * (room - 1)) // (2 * copies)
-            mixed = np.zeros(len(clips), bool)
-            partner = partner_offset = gain = snr = np.zeros(len(clips))
-        parts.append(
-            {
-                "split": np.full(len(clips), split, object),
-                "samples": samples,
-                "clip": clips,
-                "offset": offset,
-                "gain_db": gain,
-                "partner": np.where(mixed, partner, -1),
-                "partner_offset": np.where(mixed, partner_offset, 0),
-                "snr_db": np.where(mixed, snr, 0),
-            }
-        )
+        if len(clips) and split == "train":
+            parts.append(_draw_training(rng, bank, clips, per_clip, lengths, mix, gain_db, snr_db, partners))
+        elif len(clips):
+            parts.append(_place_evenly(bank, clips, eval_per_clip, lengths, split))
     if not parts:
         raise W2SError(f"none of the {len(bank)} clips is as long as {min_seconds} s; see min_seconds")
     columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS if name != "view"}
@@ -253,6 +223,62 @@ def draw(
         "min_seconds": float(min_seconds),
         "seed": seed,
         "clips_too_short": int((~usable).sum()),
-        **({"partners": partners} if partners != "bank" else {}),  # views drawn before there was a choice stay what they are
+        **({"partners": partners} if partners != "bank" else {}),  # the fingerprints of older views stay the same
     }
     return Views(columns, about)
+
+
+def _draw_training(rng, bank: Bank, clips: np.ndarray, copies: int, lengths, mix, gain_db, snr_db, partners) -> dict:
+    """Columns of ``copies`` random views of each training clip."""
+    available, candidates = bank.clips["samples"], clips
+    clips = np.repeat(clips, copies)
+    samples = lengths[rng.integers(0, _count_fitting(lengths, available[clips]))]
+    offset = rng.integers(0, _count_offsets(samples, available[clips]))
+    mixed = rng.random(len(clips)) < mix
+    first, last = 0, len(candidates)
+    if partners == "shard":
+        shard, own = bank.clips["shard"][candidates], bank.clips["shard"][clips]
+        first, last = np.searchsorted(shard, own), np.searchsorted(shard, own, side="right")
+    partner = candidates[rng.integers(first, last, len(clips))]
+    mixed &= partner != clips
+    partner_offset = rng.integers(0, available[partner])
+    gain = rng.uniform(*gain_db, len(clips))
+    snr = rng.uniform(*snr_db, len(clips))
+    return {
+        "split": np.full(len(clips), "train", object),
+        "samples": samples,
+        "clip": clips,
+        "offset": offset,
+        "gain_db": gain,
+        "partner": np.where(mixed, partner, -1),
+        "partner_offset": np.where(mixed, partner_offset, 0),
+        "snr_db": np.where(mixed, snr, 0),
+    }
+
+
+def _place_evenly(bank: Bank, clips: np.ndarray, copies: int, lengths: np.ndarray, split: str) -> dict:
+    """Columns of ``copies`` clean views of each clip: the longest length that fits, at evenly spaced offsets."""
+    available = bank.clips["samples"]
+    number, clips = np.tile(np.arange(copies), len(clips)), np.repeat(clips, copies)
+    samples = lengths[_count_fitting(lengths, available[clips]) - 1]
+    zeros = np.zeros(len(clips))
+    return {
+        "split": np.full(len(clips), split, object),
+        "samples": samples,
+        "clip": clips,
+        "offset": ((2 * number + 1) * (_count_offsets(samples, available[clips]) - 1)) // (2 * copies),
+        "gain_db": zeros,
+        "partner": zeros - 1,
+        "partner_offset": zeros,
+        "snr_db": zeros,
+    }
+
+
+def _count_fitting(lengths: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """How many of the ascending lengths fit into each clip; the shortest always counts, as shorter clips are repeated."""
+    return np.maximum(np.searchsorted(lengths, available, side="right"), 1)
+
+
+def _count_offsets(samples: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """The number of possible first samples: all from which the view fits, or all of a clip that is repeated."""
+    return np.where(available >= samples, available - samples + 1, available)

@@ -76,7 +76,7 @@ def train(
             progress=reporter.report,
             say=reporter.message,
         )
-    if not devices.first():
+    if not devices.is_main_process():
         return
     scores = summary["validation_ccc"]
     shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items()) if scores else "no validation views"

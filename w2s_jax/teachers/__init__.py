@@ -1,4 +1,4 @@
-"""Teachers: large or ruled models that give waveforms their target values."""
+"""Teachers: large models, or rules, that label waveforms with target values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from w2s_jax import SAMPLING_RATE, metrics
 from w2s_jax.errors import UsageError, missing_extra
 
-#: What ``load`` understands, with a line for --help.
+#: Names that ``load`` accepts, with a line for --help.
 NAMES = {
     "paper": "mean of wav2vec2 and wavlm, the teacher of the paper (CC-BY-NC-SA-4.0)",
     "wavlm": "WavLM-large with attentive pooling, trained on MSP-Podcast (MIT)",
@@ -22,15 +22,15 @@ NAMES = {
 }
 
 
-#: Transformers that read published checkpoints; they take the options of ``load`` that the others refuse.
+#: Transformers with published checkpoints; they accept options of ``load`` that the others refuse.
 NEURAL = ("paper", "wavlm", "wav2vec2")
 
 
 class Teacher(Protocol):
-    """What labels views.
+    """Labels waveforms.
 
-    A teacher that is made of others also has ``members`` (teachers), ``each`` (waves → a list of what every one says) and
-    ``mean`` (that list → what the whole says); one with published weights has ``about`` (a dict for provenance),
+    A teacher that is made of others also has ``members`` (teachers), ``each`` (waves → a list of every member's labels) and
+    ``mean`` (that list → the teacher's labels); one with published weights has ``about`` (a dict for provenance),
     ``parameters``, ``devices`` (how many share a batch), ``golden`` and ``doubt`` (see ``neural.NeuralTeacher``).
 
     Attributes:
@@ -62,7 +62,7 @@ def load(
     revision: str | None = None,
     output: str | None = None,
 ) -> Teacher:
-    """A teacher by name.
+    """Load a teacher by name.
 
     Args:
         name: one of ``NAMES``; ``onnx:FILE`` takes the path of a model.
@@ -130,8 +130,8 @@ def load(
     return ensemble.Ensemble("paper", members)
 
 
-def hear(teacher: Teacher, waves: np.ndarray) -> list:
-    """What a teacher says of float32 [B, T], then what each of its members does, if it has any: arrays [B, D]."""
+def label_with_members(teacher: Teacher, waves: np.ndarray) -> list:
+    """Label float32 [B, T] by a teacher and by each of its members, if it has any: arrays [B, D]."""
     if not getattr(teacher, "members", ()):
         return [teacher(waves)]
     each = teacher.each(waves)
@@ -139,7 +139,7 @@ def hear(teacher: Teacher, waves: np.ndarray) -> list:
 
 
 def provenance(teacher: Teacher) -> dict:
-    """What labels, students and models keep of the teacher that made them."""
+    """The description of a teacher that labels, students and models carry."""
     about = {
         "name": teacher.name,
         "dimensions": list(teacher.dimensions),
@@ -153,11 +153,11 @@ def provenance(teacher: Teacher) -> dict:
 
 
 def check(teacher: Teacher, batch_size: int = 4, seconds: float = 5.0) -> dict:
-    """What there is to know of a teacher before it labels, and how fast it is on this machine.
+    """Describe a teacher before it labels, and measure its speed on this machine.
 
     Args:
         teacher: from ``load``.
-        batch_size: views that each device hears at once.
+        batch_size: views in a batch, per device.
         seconds: their length.
 
     Returns:
@@ -189,7 +189,7 @@ def check(teacher: Teacher, batch_size: int = 4, seconds: float = 5.0) -> dict:
 
 
 def compare(teacher: Teacher, other: Teacher, waves: list[np.ndarray]) -> dict:
-    """How far two teachers' labels of the same waveforms (float32 [T] each) lie apart.
+    """Compare two teachers' labels of the same waveforms (float32 [T] each).
 
     Returns:
         ``{"clips", "ccc": {dimension: …}, "largest_difference"}``

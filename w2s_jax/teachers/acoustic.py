@@ -78,7 +78,6 @@ class AcousticTeacher:
     dimensions = DIMENSIONS
     licence = "Apache-2.0 (a rule, no data)"
     stand_in = True
-    sampling_rate = SAMPLING_RATE
 
     @property
     def fingerprint(self) -> str:

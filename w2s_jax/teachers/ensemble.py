@@ -1,4 +1,4 @@
-"""Several teachers as one: the mean of what they say, with what each of them said kept beside it."""
+"""Several teachers as one: the mean of their labels, and the labels of each."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Ensemble:
         self.devices = members[0].devices
 
     def each(self, waves: np.ndarray, lengths: np.ndarray | None = None) -> list:
-        """What every member says of float32 [B, T]: a list of [B, D]; see ``NeuralTeacher``."""
+        """The labels of every member for float32 [B, T]: a list of [B, D]; see ``NeuralTeacher``."""
         return [member(waves, lengths) for member in self.members]
 
     def mean(self, each: list):
-        """What the ensemble says, [B, D], from what ``each`` gave."""
+        """The labels of the ensemble, [B, D], from those of ``each``."""
         return sum(each) / len(each)
 
     def __call__(self, waves: np.ndarray, lengths: np.ndarray | None = None):

@@ -1,9 +1,6 @@
-"""What the Transformer teachers share: masks, and running one on every device of this machine, in batches of equal length."""
+"""The base of the Transformer teachers: masks, and batches of equal length over all devices of this machine."""
 
 from __future__ import annotations
-
-import os
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -13,13 +10,13 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from w2s_jax import DIMENSIONS, SAMPLING_RATE
-from w2s_jax.devices import computing
+from w2s_jax.devices import computing, free_memory
 from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.files import fingerprint
 from w2s_jax.teachers import weights
 
-#: What both models are built like; transformers' Flax modules know no other normalisation, and take the epsilon of the
-#: convolutions' norms from the configuration, where its PyTorch modules have 1e-5.
+#: Configuration that both models have in common. transformers' Flax modules have no other normalisation, and take the epsilon
+#: of the convolutions' norms from the configuration, where its PyTorch modules use 1e-5.
 BUILD = {
     "feat_extract_norm": "layer",
     "do_stable_layer_norm": True,
@@ -33,7 +30,7 @@ SHORTEST = 400
 
 
 def valid(lengths: Array, size: int) -> Array:
-    """Which of ``size`` steps count, from the number that does in each row: int [B] → bool [B, size]."""
+    """A mask of the first ``lengths`` of ``size`` steps: int [B] → bool [B, size]."""
     return jnp.arange(size) < lengths[:, None]
 
 
@@ -48,20 +45,20 @@ class NeuralTeacher:
     """A Transformer teacher with published weights, on all local devices.
 
     Calling it labels waveforms, float32 [B, T] at 16 kHz → float32 [B, 3], as a JAX array that accelerators compute in the
-    background. The batch is spread over the devices; it is filled up with copies to a power of two times their number, and
-    each such size and length compiles once. A row's values do not depend on the rest of its batch (1e-5 in float32).
+    background. The batch is sharded over the devices, after it was filled up with copies to a power of two times their number;
+    each such size and length is compiled once. A row's values do not depend on the rest of its batch (1e-5 in float32).
 
     Args:
         name: as given to ``teachers.load``.
-        module: linen module [B, T] → [B, 3] whose ``dtype`` field says what it computes in.
-        checkpoint: where its weights lie.
+        module: linen module [B, T] → [B, 3], with a field ``dtype``.
+        checkpoint: its weights.
         licence: of the published weights.
-        published: how many parameters those have.
+        published: number of parameters of the published weights.
         options: what else changes the labels (normalisation), for provenance.
 
     Attributes:
-        parameters: how many weights it has.
-        doubt: why its labels cannot be trusted, None if nothing speaks against them; ``label`` refuses a teacher with doubts.
+        parameters: number of weights.
+        doubt: why its labels cannot be trusted, or None; ``label`` refuses a teacher with a doubt.
         golden: largest difference to the published golden value, where there is one for these weights.
     """
 
@@ -79,7 +76,7 @@ class NeuralTeacher:
         everywhere = NamedSharding(self._mesh, PartitionSpec())
 
         def place(path: tuple[str, ...], array: np.ndarray) -> Array:
-            # the trunk's matrices, which is nearly all there is; norms, gates and the head stay exact
+            # only the trunk's matrices, nearly all of the weights, are rounded; norms, gates and the head are not
             trunk = path[0] in ("wav2vec2", "ssl_model") and "gru_rel_pos_linear" not in path
             low = half and trunk and path[-1] == "kernel"
             return jax.device_put(array.astype(jnp.bfloat16) if low else array, everywhere)
@@ -90,11 +87,11 @@ class NeuralTeacher:
         self.about = {
             "checkpoint": checkpoint.repository,
             "revision": checkpoint.revision,
-            "published": None if self.parameters == published else False,  # None: nothing speaks against it
+            "published": None if self.parameters == published else False,  # None: it may be the published model
             "dtype": jnp.dtype(module.dtype).name,
             **options,
         }
-        # what the shapes of the weights do not tell
+        # settings that do not show in the shapes of the weights
         unseen = ("conv_kernel", "conv_stride", "num_attention_heads", "num_conv_pos_embedding_groups", "max_bucket_distance")
         geometry = {key: getattr(module.config, key, None) for key in unseen}
         self.fingerprint = fingerprint(name, checkpoint.fingerprint, {**options, "dtype": self.about["dtype"]}, geometry)
@@ -102,7 +99,7 @@ class NeuralTeacher:
 
     @property
     def devices(self) -> int:
-        """How many devices share a batch."""
+        """The number of devices that share a batch."""
         return self._mesh.size
 
     @computing()
@@ -159,7 +156,7 @@ class NeuralTeacher:
         with jax.default_matmul_precision(precision):
             run = jax.jit(lambda params, *inputs: self.module.apply({"params": params}, *inputs))
             compiled = run.lower(self.params, *inputs).compile()
-        free, needed = _free_memory(), getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
+        free, needed = free_memory(jax.local_devices()[0]), getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
         if jax.local_devices()[0].platform == "cpu":
             needed *= self.devices  # they share one memory
         if free is not None and needed > free:
@@ -173,22 +170,3 @@ class NeuralTeacher:
         advice = f"try --batch-size {fits}" if fits else "use shorter views, or a machine with more memory"
         views = f"{rows // self.devices} views of {samples / SAMPLING_RATE:.3g} s at once"
         return W2SError(f"teacher {self.name} needs {need} for {views}; {advice}")
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be had on the first local device, None if nobody knows."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if device.platform != "cpu" or not os.path.exists("/proc/meminfo"):
-        return None
-    # Linux grants memory that it does not have and kills the process that uses it
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    try:  # a container may have less than its machine
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return free

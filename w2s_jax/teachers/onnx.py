@@ -20,8 +20,8 @@ class OnnxTeacher:
     """An ONNX model of one waveform input and K values output, in one file.
 
     The input may be [time], [batch, time] or [batch, 1, time], float32 at 16 kHz; batch and time may be fixed or dynamic.
-    A fixed-length model hears a shorter view repeated until it fills the length, and of a longer view the mean of its
-    outputs over consecutive pieces, the last one aligned to the view's end. The output is [batch, K] or [K]. Of several, it is
+    For a model of fixed length, a shorter view is repeated until it fills the length; for a longer view the outputs of
+    consecutive windows are averaged, the last one aligned to the view's end. The output is [batch, K] or [K]. Of several, it is
     the one that ``output`` names, else "logits", else the only one that is as wide as there are names.
 
     The file is checked before it runs, as for ``Predictor``. One whose weights are in a second file is refused: labels keep a
@@ -74,7 +74,7 @@ class OnnxTeacher:
             raise UsageError(f"{path} expects {line(metadata['sampling_rate'], 40)} Hz; views have {SAMPLING_RATE} Hz")
         named = tuple(filter(None, metadata.get("dimensions", "").split(",")))
         self.dimensions = check_dimensions(dimensions or named, "the caller" if dimensions else f"the metadata of {path}")
-        self._output = self._chosen(path, output)
+        self._output = self._choose_output(path, output)
         outputs = self._run(np.zeros((1, self._length or SAMPLING_RATE), np.float32)).shape[1]
         # more waves than one tell [batch, K] from its transpose, unless they are K
         self._run(np.zeros((3 if outputs == 2 else 2, self._length or SAMPLING_RATE), np.float32))
@@ -88,7 +88,7 @@ class OnnxTeacher:
         several = len(self._session.get_outputs()) > 1
         self.fingerprint = fingerprint(path, list(self.dimensions), *([self._output] if several else []))
 
-    def _chosen(self, path: Path, wanted: str | None) -> str:
+    def _choose_output(self, path: Path, wanted: str | None) -> str:
         """Name of the output to take."""
         there = {node.name: node.shape for node in self._session.get_outputs()}
         shown = line(", ".join(f"{name} {shape}" for name, shape in there.items()))
