@@ -95,7 +95,7 @@ def to_int16(wave: np.ndarray) -> tuple[np.ndarray, float]:
 
     Example:
         >>> to_int16(np.array([0.001, -0.0005], np.float32))
-        (array([ 16777, -8389], dtype=int16), 512.0)
+        (array([16777, -8389], dtype=int16), 512.0)
     """
     scale = _scale(float(wave.min(initial=0.0)), float(wave.max(initial=0.0)))
     return _quantise(wave, scale), scale
