@@ -232,7 +232,7 @@ def test_forty_hours_train(forty_hours, placement, tmp_path):
     labels = Labels(("arousal", "dominance", "valence"), values, {}, about)
     chosen = ["fields.channels=2", "steps=8", "batch_size=8", "eval_every=8", "log_every=1", f"bank_placement={placement}"]
     told = []
-    training.train(config.load("wav2small", chosen), forty_hours, views, labels, tmp_path / "run", say=told.append)
+    training.train(config.load("wav2small", chosen), forty_hours, views, labels, tmp_path / "run", message=told.append)
     assert f"bank on the {placement}: 39.3 hours" in told[0]
 
 

@@ -319,7 +319,7 @@ def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(finished, run,
         training.train(config.load("wav2small", longer), bank, views, labels, finished)
     with pytest.raises(UsageError, match="has 12 steps behind it, more than steps=8"):
         training.train(config.load("wav2small", [*TINY, "steps=8"]), bank, views, labels, finished)
-    summary = training.train(config.load("wav2small", longer[:-1]), bank, views, labels, finished, say=said.append)
+    summary = training.train(config.load("wav2small", longer[:-1]), bank, views, labels, finished, message=said.append)
     lines = trained(finished)[0]
     assert lines[: len(trained(run[0])[0])] == trained(run[0])[0]
     # a cosine from 3e-3 after one step of warm-up to 0 at step 16, by hand; a line has the rate of the step before its number

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 
+from w2s_jax import machine
 from w2s_jax.errors import UsageError
 
 #: Peak dense FLOP/s of one JAX device: what ``device_kind`` matches, float32 as XLA computes it by default, bfloat16 (None: no
@@ -72,7 +70,7 @@ def computing() -> Iterator[None]:
 def total_memory(device: jax.Device) -> float:
     """Bytes of memory that a device has; the devices of a CPU share that of the machine."""
     stats = _accelerator_stats(device)
-    return stats["bytes_limit"] if "bytes_limit" in stats else _machine_memory() / jax.local_device_count()
+    return stats["bytes_limit"] if "bytes_limit" in stats else (machine.total_memory() or 0) / jax.local_device_count()
 
 
 def free_memory(device: jax.Device) -> int | None:
@@ -80,15 +78,8 @@ def free_memory(device: jax.Device) -> int | None:
     stats = _accelerator_stats(device)
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if device.platform != "cpu" or not os.path.exists("/proc/meminfo"):
-        return None
     # Linux grants memory that it does not have and kills the process that uses it
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # a container may have less than its machine
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return free
+    return machine.free_memory() if device.platform == "cpu" else None
 
 
 def memory_use(devices: Sequence[jax.Device]) -> dict[str, int]:
@@ -97,7 +88,8 @@ def memory_use(devices: Sequence[jax.Device]) -> dict[str, int]:
     For CPUs these are the process's resident memory, its largest, and the machine's.
     """
     if all(device.platform == "cpu" for device in devices):
-        return _process_memory()
+        limit = machine.total_memory()
+        return machine.process_memory() | ({"limit": limit} if limit else {})
     all_stats = [_accelerator_stats(device) for device in devices]
     names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use", "limit": "bytes_limit"}
     fullest = {name: max(stats.get(key, 0) for stats in all_stats) for name, key in names.items()}
@@ -106,28 +98,6 @@ def memory_use(devices: Sequence[jax.Device]) -> dict[str, int]:
 
 def _accelerator_stats(device: jax.Device) -> dict[str, int]:
     return (device.memory_stats() if device.platform != "cpu" else None) or {}
-
-
-def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _process_memory() -> dict[str, int]:
-    limit = {}
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
-        limit = {"limit": _machine_memory()}
-    try:
-        # not getrusage: its peak includes that of the process that started this one
-        status = Path("/proc/self/status").read_text()
-        kib = {name: int(value) for name, value in re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB$", status, re.M)}
-        return {"in_use": kib["VmRSS"] * 1024, "peak": kib["VmHWM"] * 1024, **limit}
-    except (OSError, KeyError):  # not Linux: only the peak is known
-        try:
-            import resource
-        except ImportError:
-            return limit
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"peak": peak, **limit}
 
 
 def peak_flops(device: jax.Device, dtype: str = "float32") -> float | None:

@@ -74,7 +74,7 @@ def train(
             workdir,
             profile=profile,
             progress=reporter.report,
-            say=reporter.message,
+            message=reporter.message,
         )
     if not devices.is_main_process():
         return

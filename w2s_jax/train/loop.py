@@ -67,7 +67,7 @@ def train(
     *,
     profile: bool = False,
     progress: Callable[..., None] | None = None,
-    say: Callable[[str], None] | None = None,
+    message: Callable[[str], None] | None = None,
 ) -> dict:
     """Train a student on all devices of all processes. A run that was killed is resumed from its last checkpoint, and ends bit
     for bit where an unbroken run ends on the same devices.
@@ -84,7 +84,7 @@ def train(
             the validation views (the last where there are none). Many processes (``parallel.join``) share it; process 0 writes.
         profile: write a trace of a few steps to workdir/profile.
         progress: called with (steps done, steps in all, **figures).
-        say: called with messages about how the run is laid out.
+        message: called with lines about how the run is laid out.
 
     Returns:
         A summary: step and validation CCC of the best student, and the speed.
@@ -102,7 +102,8 @@ def train(
             kernel, platform or JAX, which round differently.
     """
     run = Run(
-        config=config, bank=bank, views=views, labels=labels, workdir=Path(workdir), profile=profile, progress=progress, say=say
+        config=config, bank=bank, views=views, labels=labels, workdir=Path(workdir),
+        profile=profile, progress=progress, say=message,
     )  # fmt: skip
     run.check()
     with contextlib.ExitStack() as contexts:
