@@ -77,7 +77,7 @@ _COLLECTED: contextvars.ContextVar[list[AudioWarning] | None] = contextvars.Cont
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[AudioWarning]]:
-    """Collect this thread's audio warnings in a list instead of showing them. (``warnings`` cannot do that by thread.)
+    """Collect this thread's audio warnings in a list instead of showing them, which ``warnings`` cannot do by thread.
 
     Example:
         >>> with collected() as noticed:
@@ -455,7 +455,8 @@ class _Ffmpeg:
 
     def chunks(self, size: int, first: int, wanted: float) -> Iterator[np.ndarray]:
         """float32 [up to size, channels] from frame ``first`` on; always decoded from the beginning, so that the samples are
-        those of the whole."""
+        those of the whole.
+        """
         done, stop = 0, first + wanted
         while done < stop:
             data = self._read(4 * self.channels * int(min(size, stop - done)))

@@ -395,7 +395,8 @@ _BITRATES = {  # kbit/s by (MPEG 1, layer)
 @dataclass(frozen=True)
 class _Header:
     """What the four bytes before a frame say: its length in bytes and samples, where a frame count would be, and what does
-    not change within a recording."""
+    not change within a recording.
+    """
 
     length: int
     samples: int

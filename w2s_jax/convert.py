@@ -201,7 +201,7 @@ def _not_weights(name: str) -> bool:
 
 @computing()
 def wav2small_17k(arrays: dict[str, np.ndarray]) -> dict:
-    """audEERING's published Wav2Small 17K as variables of ``Wav2Small17K``.
+    """Variables of ``Wav2Small17K`` from audEERING's published file.
 
     Args:
         arrays: its tensors by the published names (``vgg7.l1.conv.weight``, …, ``adv.bias``), as safetensors gives them.

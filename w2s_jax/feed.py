@@ -261,7 +261,8 @@ class HostFeed:
 @contextlib.contextmanager
 def _without_script() -> Iterator[None]:
     """Keep processes that are started inside from running the user's script again: they need nothing of it, and without a
-    guard (``if __name__ == "__main__"``) it would start a training in each of them."""
+    guard (``if __name__ == "__main__"``) it would start a training in each of them.
+    """
     main = sys.modules["__main__"].__dict__
     hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
     main.update(__spec__=None)

@@ -240,7 +240,8 @@ def carry_state(model, plan: Plan) -> None:
 
 def _measure(model, waves: Sequence[np.ndarray], coverages: Sequence[float]) -> tuple[dict[float, list[float]], np.ndarray]:
     """Where the ranges of the logarithm's and of each ReLU's values end, for each coverage the widest over all waves; and the
-    mean of the tokens' second moments [tokens, tokens]. ``model`` is a student's fp32 graph."""
+    mean of the tokens' second moments [tokens, tokens]. ``model`` is a student's fp32 graph.
+    """
     import onnx
 
     probe = type(model)()

@@ -40,7 +40,7 @@ def fourier_kernels(n_fft: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mel_matrix(n_fft: int, n_mels: int, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
-    """librosa's default (Slaney) mel filter bank from 0 Hz to half the sampling rate, float32 [n_fft // 2 + 1, n_mels]."""
+    """Librosa's default (Slaney) mel filter bank from 0 Hz to half the sampling rate, float32 [n_fft // 2 + 1, n_mels]."""
     return _librosa_filters().mel(sr=sampling_rate, n_fft=n_fft, n_mels=n_mels).T.astype(np.float32)
 
 

@@ -137,7 +137,8 @@ def _size(count: float) -> str:
 @functools.cache
 def _hide_closed_loops() -> None:
     """Hide the tracebacks that Python prints when one array could not be written and tensorstore's threads report the others to
-    an event loop that is closed by then."""
+    an event loop that is closed by then.
+    """
     default_hook = sys.unraisablehook
 
     def show(raised) -> None:
