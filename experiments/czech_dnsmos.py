@@ -103,17 +103,17 @@ def peer(peer_file: Path, out: Path, seconds: float | None) -> dict:
     import numpy as np
     import torch
 
-    from w2s_jax import labels as store
     from w2s_jax import metrics, render
-    from w2s_jax import views as tables
     from w2s_jax.bank import Bank
     from w2s_jax.feed import Batches
+    from w2s_jax.labels import Labels
+    from w2s_jax.views import Views
 
     spec = importlib.util.spec_from_file_location("peer", peer_file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    bank, views = Bank(out / "bank"), tables.read(out / "views.parquet")
-    labels = store.read(out / "labels", views)
+    bank, views = Bank(out / "bank"), Views.read(out / "views.parquet")
+    labels = Labels.read(out / "labels", views)
     if seconds is None:
         seconds = json.loads((out / "result.json").read_text())["seconds"]
     config = get_config()

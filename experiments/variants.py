@@ -86,13 +86,15 @@ def sweep(
     bank_path: Path, views_path: Path, labels_path: Path, out: Path, names: Sequence[str], steps: int | None
 ) -> list[dict]:
     """Train, evaluate, export and measure the variants ``names``: a row of figures each."""
-    from w2s_jax import bench, evaluate, export, labels, models, views
+    from w2s_jax import bench, evaluate, export, models
     from w2s_jax.bank import Bank
     from w2s_jax.cli.progress import Reporter
+    from w2s_jax.labels import Labels
     from w2s_jax.train import train
+    from w2s_jax.views import Views
 
-    bank, the_views = Bank(bank_path), views.read(views_path)
-    the_labels = labels.read(labels_path, the_views)
+    bank, the_views = Bank(bank_path), Views.read(views_path)
+    the_labels = Labels.read(labels_path, the_views)
     rows, files = [], {}
     tested = len(set(the_views.columns["clip"][the_views.where("test")]))
     if tested < evaluate.FEWEST_CLIPS:

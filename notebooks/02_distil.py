@@ -39,7 +39,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from w2s_jax import bank, config, corpora, evaluate, export, label, labels, metrics, speech, teachers, train, views
+from w2s_jax import bank, config, corpora, evaluate, export, labelling, metrics, speech, teachers, train, views
+from w2s_jax.labels import Labels
 from w2s_jax.render import render_on_host
 from w2s_jax.runtime import Predictor
 
@@ -104,8 +105,8 @@ plt.show()
 
 # %%
 teacher = teachers.load("acoustic")
-about = label.label(the_bank, the_views, teacher, work / "labels")
-the_labels = labels.read(work / "labels", the_views)
+about = labelling.label(the_bank, the_views, teacher, work / "labels")
+the_labels = Labels.read(work / "labels", the_views)
 print(about["count"], "labels by", about["teacher"]["name"], "| licence:", about["teacher"]["licence"])
 print("a stand-in:", about["teacher"]["stand_in"])
 

@@ -44,8 +44,10 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
-from w2s_jax import bank, bench, labels, models, train, views
+from w2s_jax import bank, bench, models, train
+from w2s_jax.labels import Labels
 from w2s_jax.render import render_on_host
+from w2s_jax.views import Views
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow, which the export uses, is talkative
 warnings.filterwarnings("ignore", message="IProgress not found")  # of progress bars, and nothing here draws any
@@ -237,8 +239,8 @@ for key, figures in measured.items():
 
 # %%
 the_bank = bank.Bank(QUICKSTART / "bank")
-the_views = views.read(QUICKSTART / "views.parquet")
-the_labels = labels.read(QUICKSTART / "labels", the_views)
+the_views = Views.read(QUICKSTART / "views.parquet")
+the_labels = Labels.read(QUICKSTART / "labels", the_views)
 rows = the_views.where("train")
 values = the_labels.values[rows]
 targets = (values - values.mean(axis=0)) / values.std(axis=0)  # CCC is the same for standardised labels

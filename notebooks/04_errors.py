@@ -38,9 +38,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from w2s_jax import bank, evaluate, labels, metrics, teachers, train, views
+from w2s_jax import bank, evaluate, metrics, teachers, train
+from w2s_jax.labels import Labels
 from w2s_jax.render import render_on_host
 from w2s_jax.runtime import Predictor
+from w2s_jax.views import Views
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # of progress bars, and nothing here draws any
 
@@ -52,8 +54,8 @@ if not (QUICKSTART / "model" / "model.onnx").exists():
 
 RUN, MODEL = QUICKSTART / "run", QUICKSTART / "model"
 the_bank = bank.Bank(QUICKSTART / "bank")
-the_views = views.read(QUICKSTART / "views.parquet")
-the_labels = labels.read(QUICKSTART / "labels", the_views)
+the_views = Views.read(QUICKSTART / "views.parquet")
+the_labels = Labels.read(QUICKSTART / "labels", the_views)
 
 COLOURS = {"arousal": "C0", "dominance": "C1", "valence": "C2"}  # the same in all notebooks
 plt.rcParams |= {"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}

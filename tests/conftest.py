@@ -103,7 +103,7 @@ def views(bank):
 def labels_path(bank, views, tmp_path_factory) -> Path:
     """The acoustic teacher's labels of ``views``."""
     from w2s_jax import teachers
-    from w2s_jax.label import label
+    from w2s_jax.labelling import label
 
     out = tmp_path_factory.mktemp("labels") / "labels"
     label(bank, views, teachers.load("acoustic"), out)
@@ -112,9 +112,9 @@ def labels_path(bank, views, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def labels(views, labels_path):
-    from w2s_jax import labels
+    from w2s_jax.labels import Labels
 
-    return labels.read(labels_path, views)
+    return Labels.read(labels_path, views)
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from w2s_jax import checkpoint, config, labels, views
+from w2s_jax import checkpoint, config
 from w2s_jax.bank import Bank
 from w2s_jax.errors import W2SError
+from w2s_jax.labels import Labels
 from w2s_jax.train import train
+from w2s_jax.views import Views
 
 STEPS = 12
 SETTINGS = ["fields.channels=3", f"steps={STEPS}", "batch_size=8", "eval_every=4", "log_every=1"]
@@ -29,9 +31,9 @@ def run(data: Path, workdir: Path, stop: int | None) -> None:
         if done == stop:
             signal.raise_signal(signal.SIGTERM)
 
-    table = views.read(data / "views.parquet")
+    table = Views.read(data / "views.parquet")
     train(
-        config.load("wav2small", SETTINGS), Bank(data / "bank"), table, labels.read(data / "labels", table), workdir,
+        config.load("wav2small", SETTINGS), Bank(data / "bank"), table, Labels.read(data / "labels", table), workdir,
         progress=progress,
     )  # fmt: skip
 

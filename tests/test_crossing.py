@@ -13,7 +13,7 @@ import pytest
 from crossing import STEPS
 
 from w2s_jax import teachers
-from w2s_jax.label import label
+from w2s_jax.labelling import label
 from w2s_jax.runtime import Predictor
 from w2s_jax.views import draw
 

@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 import pytest
 
-from w2s_jax import bench, checkpoint, config, label, labels, models, teachers, train
+from w2s_jax import bench, checkpoint, config, labelling, models, teachers, train
 from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.kinds import FILES, INTEGER_KINDS
+from w2s_jax.labels import Labels
 from w2s_jax.runtime import Predictor
 
 for package in ("tensorflow", "tf2onnx"):
@@ -592,8 +593,8 @@ EVERY = {"wav2small": {}, "wav2small_17k": {}, "mobilenet_v3_s": {"width": 0.25}
 def test_every_student_trains_and_leaves(name, bank, views, tmp_path, monkeypatch, compiled_at_once):
     """One step, fp32 within 1e-4 of Flax (export_student refuses more), int8, and audEERING's loader on both."""
     audonnx = pytest.importorskip("audonnx")
-    label.label(bank, views, teachers.load("acoustic"), tmp_path / "labels")
-    known = labels.read(tmp_path / "labels", views)
+    labelling.label(bank, views, teachers.load("acoustic"), tmp_path / "labels")
+    known = Labels.read(tmp_path / "labels", views)
     settings = ["steps=1", "batch_size=4", "eval_every=1", *(f"fields.{key}={value}" for key, value in EVERY[name].items())]
     monkeypatch.setattr(judge, "PARITY_LENGTHS", (31_991, 80_000))
     train.train(config.load(name, settings), bank, views, known, tmp_path / "run")

@@ -25,10 +25,12 @@ def stored(tmp_path):
 
 
 def opened(stored):
-    from w2s_jax import bank, labels, views
+    from w2s_jax import bank
+    from w2s_jax.labels import Labels
+    from w2s_jax.views import Views
 
-    drawn = views.read(stored / "views.parquet")
-    return bank.Bank(stored / "bank"), drawn, labels.read(stored / "labels", drawn)
+    drawn = Views.read(stored / "views.parquet")
+    return bank.Bank(stored / "bank"), drawn, Labels.read(stored / "labels", drawn)
 
 
 def test_bank_views_and_labels(stored, values):

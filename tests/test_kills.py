@@ -16,8 +16,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from w2s_jax import labels
 from w2s_jax import views as tables
+from w2s_jax.labels import Labels
 
 pytestmark = pytest.mark.slow
 
@@ -138,10 +138,10 @@ def test_batches_devices_and_processes_make_the_same_labels(bank, checkpoints, t
     finished(start(tmp_path / "eight devices", "--batch-size", 4, devices=8))
     finished(start(tmp_path / "two processes"), start(tmp_path / "two processes"))
     finished(*(start(tmp_path / "joined", *joined, number, devices=4) for number in (0, 1)))
-    expected = labels.read(tmp_path / "batched", views)
+    expected = Labels.read(tmp_path / "batched", views)
     assert expected.values.std() > 0.01
     for name in ("single", "eight devices", "two processes", "joined"):
-        found = labels.read(tmp_path / name, views)
+        found = Labels.read(tmp_path / name, views)
         np.testing.assert_allclose(found.values, expected.values, atol=1e-5, rtol=0, err_msg=name)
         for member, values in expected.members.items():
             np.testing.assert_allclose(found.members[member], values, atol=1e-5, rtol=0, err_msg=name)

@@ -31,7 +31,7 @@ from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.evaluate import evaluate, predict_views
 from w2s_jax.export.card import collect_facts, compose_card
 from w2s_jax.files import fingerprint
-from w2s_jax.label import label
+from w2s_jax.labelling import label
 from w2s_jax.losses import distillation_loss
 from w2s_jax.train import step, units
 from w2s_jax.train.checkpoints import Checkpoints

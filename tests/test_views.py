@@ -13,6 +13,7 @@ from conftest import flipped
 
 from w2s_jax import views as tables
 from w2s_jax.errors import MismatchError, UsageError, W2SError
+from w2s_jax.views import Views
 
 
 def test_views_are_reproducible_and_fit(bank):
@@ -42,15 +43,15 @@ def test_held_out_views_are_clean_and_do_not_depend_on_the_seed(bank):
 
 def test_views_are_stored_and_checked(bank, views, tmp_path):
     views.save(tmp_path / "views.parquet")
-    again = tables.read(tmp_path / "views.parquet").check(bank)
+    again = Views.read(tmp_path / "views.parquet").check(bank)
     assert again.fingerprint == views.fingerprint
     table = pq.read_table(tmp_path / "views.parquet")
     about = json.loads(table.schema.metadata[b"w2s"]) | {"bank": "another"}
     pq.write_table(table.replace_schema_metadata({"w2s": json.dumps(about)}), tmp_path / "edited.parquet")
     with pytest.raises(W2SError, match="changed after"):
-        tables.read(tmp_path / "edited.parquet")
+        Views.read(tmp_path / "edited.parquet")
     with pytest.raises(UsageError, match="no such file"):
-        tables.read(tmp_path / "none.parquet")
+        Views.read(tmp_path / "none.parquet")
     with pytest.raises(MismatchError, match=bank.fingerprint):
         tables.Views(views.columns, views.about | {"bank": "another"}).check(bank)
 
@@ -65,7 +66,7 @@ def test_views_are_not_replaced_without_force(bank, views, tmp_path):
         other.save(path)
     assert before[1] == path.read_bytes()
     other.save(path, force=True)
-    assert tables.read(path).fingerprint == other.fingerprint
+    assert Views.read(path).fingerprint == other.fingerprint
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(MismatchError, match=r"views\.parquet is damaged.*--force to replace it"):
         other.save(path)
@@ -87,7 +88,7 @@ def test_a_turned_bit_in_views_is_found(views, tmp_path):
     views.save(path)
     for bit in flipped(path, 150):
         try:
-            read = tables.read(path)
+            read = Views.read(path)
             assert read.about == views.about, f"bit {bit}"
             for name in tables.COLUMNS:
                 np.testing.assert_array_equal(read.columns[name], views.columns[name], err_msg=f"bit {bit}")
@@ -98,4 +99,4 @@ def test_a_turned_bit_in_views_is_found(views, tmp_path):
     about = views.about | {"version": 99}
     tables.Views(views.columns, about).save(tmp_path / "newer.parquet")
     with pytest.raises(W2SError, match=r"newer\.parquet holds views of version 99; this w2s_jax reads version 1"):
-        tables.read(tmp_path / "newer.parquet")
+        Views.read(tmp_path / "newer.parquet")

@@ -34,6 +34,45 @@ class Labels:
     members: dict[str, np.ndarray]
     about: dict
 
+    @classmethod
+    def read(cls, directory: str | os.PathLike, views: Views) -> Labels:
+        """Read the labels of a table of views.
+
+        Raises:
+            UsageError: there are no labels.
+            MismatchError: they belong to other views, or to views rendered in another way, or have an unknown version.
+            W2SError: labels.json or a shard is missing or damaged (names it, and the command that makes only that one again).
+        """
+        directory = Path(directory)
+        try:
+            about = check(read_json(directory / "labels.json", "labels"), directory / "labels.json")
+        except (UsageError, MismatchError):
+            raise
+        except W2SError as error:
+            raise W2SError(f"{error}; run the same w2s label command again: it writes this file anew") from error
+        if about["views"] != views.fingerprint:
+            raise MismatchError(
+                f"the labels at {directory} belong to views {about['views']}, but these are views {views.fingerprint}; "
+                "label these views (w2s label) or give the views that were labelled"
+            )
+        dimensions, names = tuple(about["teacher"]["dimensions"]), columns(about["teacher"])
+        values = np.full((len(views), len(names)), np.nan, np.float32)
+        bad = []
+        for number, rows in enumerate(shards(views)):
+            shard = read_shard(directory, number, rows, names)
+            if shard is None:
+                bad.append(shard_path(directory, number).name)
+            else:
+                values[rows] = shard
+        if bad:
+            raise W2SError(
+                f"{len(bad)} label shards at {directory} are missing or damaged (first: {bad[0]}); "
+                "run the same w2s label command again: it makes only those"
+            )
+        own, *others = np.split(values, len(names) // len(dimensions), axis=1)
+        members = {member["name"]: value for member, value in zip(about["teacher"].get("members", ()), others, strict=True)}
+        return cls(dimensions, own, members, about)
+
 
 def columns(teacher: dict) -> tuple[str, ...]:
     """The columns of a shard after ``view``, from a teacher's provenance: its dimensions, then those of each member."""
@@ -107,42 +146,3 @@ def check(about: dict, path: Path) -> dict:
             "label again (w2s label --force)"
         )
     return about
-
-
-def read(directory: str | os.PathLike, views: Views) -> Labels:
-    """Read the labels of a table of views.
-
-    Raises:
-        UsageError: there are no labels.
-        MismatchError: they belong to other views, or to views that were rendered in another way, or are of an unknown version.
-        W2SError: labels.json or a shard is missing or damaged (names it, and the command that makes only that one again).
-    """
-    directory = Path(directory)
-    try:
-        about = check(read_json(directory / "labels.json", "labels"), directory / "labels.json")
-    except (UsageError, MismatchError):
-        raise
-    except W2SError as error:
-        raise W2SError(f"{error}; run the same w2s label command again: it writes this file anew") from error
-    if about["views"] != views.fingerprint:
-        raise MismatchError(
-            f"the labels at {directory} belong to views {about['views']}, but these are views {views.fingerprint}; "
-            "label these views (w2s label) or give the views that were labelled"
-        )
-    dimensions, names = tuple(about["teacher"]["dimensions"]), columns(about["teacher"])
-    values = np.full((len(views), len(names)), np.nan, np.float32)
-    bad = []
-    for number, rows in enumerate(shards(views)):
-        shard = read_shard(directory, number, rows, names)
-        if shard is None:
-            bad.append(shard_path(directory, number).name)
-        else:
-            values[rows] = shard
-    if bad:
-        raise W2SError(
-            f"{len(bad)} label shards at {directory} are missing or damaged (first: {bad[0]}); "
-            "run the same w2s label command again: it makes only those"
-        )
-    own, *others = np.split(values, len(names) // len(dimensions), axis=1)
-    members = {member["name"]: value for member, value in zip(about["teacher"].get("members", ()), others, strict=True)}
-    return Labels(dimensions, own, members, about)

@@ -13,13 +13,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from w2s_jax import SAMPLING_RATE, config, corpora, export, label, labels, speech, teachers, train, views
+from w2s_jax import SAMPLING_RATE, config, corpora, export, labelling, speech, teachers, train, views
 from w2s_jax.bank import Bank
 from w2s_jax.bank import build as build_bank
 from w2s_jax.errors import MismatchError
 from w2s_jax.evaluate import evaluate
 from w2s_jax.files import read_json, write_atomic
 from w2s_jax.install import program
+from w2s_jax.labels import Labels
 from w2s_jax.measure import measure
 from w2s_jax.runtime import Predictor
 
@@ -113,8 +114,8 @@ def _label(workdir: Path, bank: Bank, out: Console, reporter: Callable) -> tuple
     drawn.save(workdir / "views.parquet")
     teacher = teachers.load("acoustic")
     with reporter("label", "views") as progress:
-        label.label(bank, drawn, teacher, workdir / "labels", progress=progress.report)
-    return drawn, labels.read(workdir / "labels", drawn), teacher
+        labelling.label(bank, drawn, teacher, workdir / "labels", progress=progress.report)
+    return drawn, Labels.read(workdir / "labels", drawn), teacher
 
 
 def _tabulate(scores: dict, dimensions: tuple[str, ...], int8: dict | None) -> Table:

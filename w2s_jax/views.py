@@ -58,6 +58,44 @@ class Views:
         numbers = [columns[name].tobytes() for name, kind in COLUMNS.items() if kind is not object]
         self.fingerprint = fingerprint(about, list(columns["split"]), *numbers)
 
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> Views:
+        """Read a table of views.
+
+        Raises:
+            UsageError: no such file, or not views.
+            W2SError: the file is damaged, or of another version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            found = "it is not a file" if path.exists() else "no such file"
+            raise UsageError(f"no views at {path}: {found}; make them with w2s views draw BANK --out FILE")
+        with open(path, "rb") as file:
+            if file.read(4) != b"PAR1":
+                raise UsageError(f"{path} is not parquet, so no table of views; make one with w2s views draw")
+        try:
+            table = pq.read_table(path)
+            about = json.loads((table.schema.metadata or {}).get(b"w2s", b"{}"))
+            if not isinstance(about, dict) or about.get("format") != "w2s-views":
+                raise UsageError(f"{path} is a parquet file, but not a table of views; make one with w2s views draw")
+            if about.get("version") != 1:
+                raise W2SError(f"{path} holds views of version {about.get('version')}; this w2s_jax reads version 1")
+            stored = about.pop("fingerprint")
+            columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items() if name != "split"}
+            splits = table["split"].combine_chunks().dictionary_encode()  # or every row would have a text of its own
+            columns["split"] = splits.dictionary.to_numpy(zero_copy_only=False)[splits.indices.to_numpy()]
+            views = cls(columns, about)
+        except W2SError:
+            raise
+        except Exception as error:  # damaged bytes make pyarrow raise almost anything
+            raise W2SError(f"{path} is damaged ({type(error).__name__}: {error}); draw the views again") from error
+        if views.fingerprint != stored:
+            raise W2SError(
+                f"{path} is damaged or was changed after it was written (fingerprint {views.fingerprint}, expected {stored}); "
+                "draw the views again"
+            )
+        return views
+
     def __len__(self) -> int:
         return len(self.columns["view"])
 
@@ -91,7 +129,7 @@ class Views:
         path = Path(path)
         if path.exists():
             try:
-                there = read(path).fingerprint
+                there = Views.read(path).fingerprint
                 if there == self.fingerprint:
                     return
                 found = f"{path} holds other views (fingerprint {there}, these are {self.fingerprint})"
@@ -112,44 +150,6 @@ def batch_by_length(samples: np.ndarray, batch_size: int) -> Iterator[np.ndarray
         members = np.flatnonzero(samples == length)
         for at in range(0, len(members), batch_size):
             yield members[at : at + batch_size]
-
-
-def read(path: str | os.PathLike) -> Views:
-    """Read a table of views.
-
-    Raises:
-        UsageError: no such file, or not views.
-        W2SError: the file is damaged, or of another version.
-    """
-    path = Path(path)
-    if not path.is_file():
-        found = "it is not a file" if path.exists() else "no such file"
-        raise UsageError(f"no views at {path}: {found}; make them with w2s views draw BANK --out FILE")
-    with open(path, "rb") as file:
-        if file.read(4) != b"PAR1":
-            raise UsageError(f"{path} is not parquet, so no table of views; make one with w2s views draw")
-    try:
-        table = pq.read_table(path)
-        about = json.loads((table.schema.metadata or {}).get(b"w2s", b"{}"))
-        if not isinstance(about, dict) or about.get("format") != "w2s-views":
-            raise UsageError(f"{path} is a parquet file, but not a table of views; make one with w2s views draw")
-        if about.get("version") != 1:
-            raise W2SError(f"{path} holds views of version {about.get('version')}; this w2s_jax reads version 1")
-        stored = about.pop("fingerprint")
-        columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items() if name != "split"}
-        splits = table["split"].combine_chunks().dictionary_encode()  # or every row would have a text of its own
-        columns["split"] = splits.dictionary.to_numpy(zero_copy_only=False)[splits.indices.to_numpy()]
-        views = Views(columns, about)
-    except W2SError:
-        raise
-    except Exception as error:  # damaged bytes make pyarrow raise almost anything
-        raise W2SError(f"{path} is damaged ({type(error).__name__}: {error}); draw the views again") from error
-    if views.fingerprint != stored:
-        raise W2SError(
-            f"{path} is damaged or was changed after it was written (fingerprint {views.fingerprint}, expected {stored}); "
-            "draw the views again"
-        )
-    return views
 
 
 def draw(

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import RATE, voice
 
 from w2s_jax import bank as banks
-from w2s_jax import config, corpora, label, labels, render, teachers, train, views
+from w2s_jax import config, corpora, labelling, render, teachers, train, views
 from w2s_jax.export import export_student
+from w2s_jax.labels import Labels
 from w2s_jax.runtime import Predictor
 
 SECONDS = 0.25
@@ -40,8 +41,8 @@ def main(out: Path) -> None:
     bank = banks.Bank(place / "bank")
     drawn = views.draw(bank, per_clip=2, eval_per_clip=2, seconds=(SECONDS,), mix=0.5)
     drawn.save(place / "views.parquet")
-    label.label(bank, drawn, teachers.load("acoustic"), place / "labels")
-    heard = labels.read(place / "labels", drawn)
+    labelling.label(bank, drawn, teachers.load("acoustic"), place / "labels")
+    heard = Labels.read(place / "labels", drawn)
     settings = config.load("wav2small", ["steps=4", "eval_every=2", "batch_size=4", "fields.channels=2", "scan_steps=1"])
     train.train(settings, bank, drawn, heard, place / "run")
     shutil.rmtree(place / "run" / "tensorboard", ignore_errors=True)

@@ -44,11 +44,11 @@ def label(
     Started several times with the same --out, on one machine or on several that share a file system, the processes share the
     work shard by shard, without further options. --distributed is for machines whose JAX must know all hosts (TPU slices).
     """
-    from w2s_jax import bank, views
-    from w2s_jax import label as labelling
+    from w2s_jax import bank, labelling
+    from w2s_jax.views import Views
 
     o.join_processes(distributed, coordinator, processes, process)
-    the_bank, the_views = bank.Bank(bank_path), views.read(views_path)
+    the_bank, the_views = bank.Bank(bank_path), Views.read(views_path)
     the_teacher = o.load_teacher(teacher, checkpoint_dir, dimensions, dtype, normalisation, revision, output)
     began = time.perf_counter()
     with Reporter("label", "views") as reporter:

@@ -51,9 +51,11 @@ def train(
     are joined (--distributed, or --coordinator with --processes and --process) share WORKDIR; each reads only its part of the
     bank.
     """
-    from w2s_jax import bank, config, labels, views
+    from w2s_jax import bank, config
     from w2s_jax import parallel as devices
     from w2s_jax import train as training
+    from w2s_jax.labels import Labels
+    from w2s_jax.views import Views
 
     experiment_config = config.load(experiment, settings or [])
     if not experiment.partition(":")[0].endswith(".py") and not any(text.startswith("steps=") for text in settings or []):
@@ -63,8 +65,8 @@ def train(
     if bank_placement:
         experiment_config.bank_placement = bank_placement
     o.join_processes(distributed, coordinator, processes, process)
-    the_bank, the_views = bank.Bank(bank_path), views.read(views_path)
-    the_labels = labels.read(labels_path, the_views)
+    the_bank, the_views = bank.Bank(bank_path), Views.read(views_path)
+    the_labels = Labels.read(labels_path, the_views)
     with Reporter("train", "steps") as reporter:
         summary = training.train(
             experiment_config,
@@ -161,12 +163,13 @@ def _evaluate_student(
 ) -> tuple[dict, Path]:
     """Compare a student with its teacher and with people, print its scores; the report, and the files' path without suffix."""
     from w2s_jax import evaluate as evaluation
-    from w2s_jax import labels, views
     from w2s_jax.bank import Bank
+    from w2s_jax.labels import Labels
+    from w2s_jax.views import Views
 
     bank = Bank(bank_path)
-    the_views = views.read(views_path) if views_path else None
-    the_labels = labels.read(labels_path, the_views) if labels_path else None
+    the_views = Views.read(views_path) if views_path else None
+    the_labels = Labels.read(labels_path, the_views) if labels_path else None
     directory = into or (path if path.is_dir() else path.parent)
     report = evaluation.evaluate(path, bank, the_views, the_labels, split=split, out=directory)
     for judge, title in (("teacher", "its teacher"), ("human", "people's ratings")):

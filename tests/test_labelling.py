@@ -16,7 +16,8 @@ from w2s_jax import labels as store
 from w2s_jax import render, teachers
 from w2s_jax import views as tables
 from w2s_jax.errors import MismatchError, UsageError, W2SError
-from w2s_jax.label import label
+from w2s_jax.labelling import label
+from w2s_jax.labels import Labels
 
 
 def contents(directory):
@@ -25,7 +26,7 @@ def contents(directory):
 
 def test_labels_are_the_teachers_of_the_rendered_views(bank, views, toy_teacher, tmp_path):
     about = label(bank, views, teachers.load(f"onnx:{toy_teacher}"), tmp_path / "labels", batch_size=7)
-    labels = store.read(tmp_path / "labels", views)
+    labels = Labels.read(tmp_path / "labels", views)
     assert labels.dimensions == ("loudness", "power")
     assert about["teacher"]["stand_in"] is False
     for row in (0, 13, len(views) - 1):
@@ -54,7 +55,7 @@ def test_labelling_goes_on_and_ends_the_same(bank, views, toy_teacher, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         label(bank, views, Dies(), tmp_path / "broken")
     with pytest.raises(UsageError, match="no labels"):
-        store.read(tmp_path / "broken", views)
+        Labels.read(tmp_path / "broken", views)
     (tmp_path / "broken" / "shards" / "00001.parquet").write_bytes(b"torn")
     label(bank, views, teacher, tmp_path / "broken")
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
@@ -68,7 +69,7 @@ def test_a_damaged_shard_is_named_and_remade(bank, views, toy_teacher, tmp_path,
     shard = out / "shards" / "00002.parquet"
     shard.write_bytes(shard.read_bytes()[:-50])
     with pytest.raises(W2SError, match=r"00002\.parquet"):
-        store.read(out, views)
+        Labels.read(out, views)
     label(bank, views, teacher, out)
     assert contents(out) == before
 
@@ -77,11 +78,11 @@ def test_a_turned_bit_in_a_shard_is_found_and_only_that_shard_made_again(bank, v
     monkeypatch.setattr(store, "SHARD_VIEWS", 32)
     teacher, out, heard = teachers.load(f"onnx:{toy_teacher}"), tmp_path / "labels", []
     label(bank, views, teacher, out)
-    before, values = contents(out), store.read(out, views).values
+    before, values = contents(out), Labels.read(out, views).values
     found = 0
     for bit in flipped(out / "shards" / "00001.parquet", 100):
         try:
-            np.testing.assert_array_equal(store.read(out, views).values, values, err_msg=f"bit {bit}")
+            np.testing.assert_array_equal(Labels.read(out, views).values, values, err_msg=f"bit {bit}")
         except W2SError as error:
             assert "00001.parquet" in str(error)
             found += 1
@@ -107,14 +108,14 @@ def test_a_turned_bit_in_a_shard_is_found_and_only_that_shard_made_again(bank, v
 def test_shards_of_before_there_were_checksums_are_read(bank, views, toy_teacher, tmp_path):
     out = tmp_path / "labels"
     label(bank, views, teachers.load(f"onnx:{toy_teacher}"), out)
-    values = store.read(out, views).values
+    values = Labels.read(out, views).values
     for shard in (out / "shards").iterdir():
         pq.write_table(pq.read_table(shard).replace_schema_metadata(None), shard)
     for name in ("labels.json", "plan.json"):
         about = json.loads((out / name).read_text())
         del about["checksum"], about["rendering"]
         (out / name).write_text(json.dumps(about))
-    np.testing.assert_array_equal(store.read(out, views).values, values)
+    np.testing.assert_array_equal(Labels.read(out, views).values, values)
     label(bank, views, teachers.load(f"onnx:{toy_teacher}"), out)
 
 
@@ -128,10 +129,10 @@ def test_versions_checksums_and_renderings_of_labels_are_checked(bank, views, to
 
     write("labels.json", version=99, checksum=store.signed({**about, "version": 99})["checksum"])
     with pytest.raises(MismatchError, match=r"labels\.json describes labels of version 99, this w2s_jax reads version 1"):
-        store.read(out, views)
+        Labels.read(out, views)
     write("labels.json", teacher={**about["teacher"], "licence": "do what you like"})
     with pytest.raises(W2SError, match=r"labels\.json is damaged or was changed.*run the same w2s label command again"):
-        store.read(out, views)
+        Labels.read(out, views)
     label(bank, views, teacher, out)
     assert json.loads((out / "labels.json").read_text()) == about
     for text in ("{", json.dumps({**about, "count": 7}), "[]"):
@@ -143,7 +144,7 @@ def test_versions_checksums_and_renderings_of_labels_are_checked(bank, views, to
         label(bank, views, teacher, out)
     write("plan.json")
     monkeypatch.setattr(store, "RENDERING", 2)  # as in a later w2s_jax
-    for use in (lambda: store.read(out, views), lambda: label(bank, views, teacher, out)):
+    for use in (lambda: Labels.read(out, views), lambda: label(bank, views, teacher, out)):
         with pytest.raises(MismatchError, match=r"views of rendering 1, this w2s_jax renders version 2; label again"):
             use()
 
@@ -155,10 +156,10 @@ def test_other_labels_are_never_mixed_in(bank, views, toy_teacher, tmp_path):
         label(bank, views, teachers.load("acoustic"), out)
     other = tables.draw(bank, per_clip=1, seed=9)
     with pytest.raises(MismatchError, match=other.fingerprint):
-        store.read(out, other)
+        Labels.read(out, other)
     about = label(bank, other, teachers.load("acoustic"), out, force=True)
     assert about["teacher"]["stand_in"] is True
-    assert store.read(out, other).dimensions == ("arousal", "dominance", "valence")
+    assert Labels.read(out, other).dimensions == ("arousal", "dominance", "valence")
 
 
 @pytest.mark.slow
@@ -166,7 +167,7 @@ def test_members_are_kept_beside_the_mean(bank, checkpoints, tmp_path):
     views = tables.draw(bank, per_clip=2, seconds=(0.4,), mix=0.5)
     teacher = teachers.load("paper", checkpoints)
     about = label(bank, views, teacher, tmp_path / "labels")
-    labels = store.read(tmp_path / "labels", views)
+    labels = Labels.read(tmp_path / "labels", views)
     assert list(labels.members) == [member["name"] for member in about["teacher"]["members"]] == ["wav2vec2", "wavlm"]
     rows = np.arange(0, len(views), 3)[:16]
     waves = render.render_on_host(bank, views, rows)
