@@ -25,13 +25,13 @@ from pmap_against_jit import small_step
 from safetensors.numpy import save_file
 
 from w2s_jax import checkpoint, config, convert, feed, metrics, models, teachers
-from w2s_jax import labels as store
 from w2s_jax import train as training
 from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.evaluate import evaluate, predict_views
 from w2s_jax.export.card import collect_facts, compose_card
 from w2s_jax.files import fingerprint
 from w2s_jax.labelling import label
+from w2s_jax.labels import Labels
 from w2s_jax.losses import distillation_loss
 from w2s_jax.train import step, units
 from w2s_jax.train.checkpoints import Checkpoints
@@ -453,7 +453,7 @@ def source(run, tmp_path):
 def test_a_warm_start_predicts_what_its_source_does_and_resumes_without_it(source, bank, tmp_path):
     views = draw(bank, per_clip=1, eval_per_clip=1, seconds=(0.4,), seed=3)  # of one length: less to compile
     label(bank, views, teachers.load("acoustic"), tmp_path / "labels")
-    labels = store.read(tmp_path / "labels", views)
+    labels = Labels.read(tmp_path / "labels", views)
     given = [*TINY, "steps=4", "eval_every=2", "log_every=1", "learning_rate=0", "ema=0"]
     settings, work = config.load("wav2small", [*given, f"pretrained={source}"]), tmp_path / "run"
 
