@@ -327,7 +327,7 @@ def _load_openvino(file: str | Path | bytes, seconds: float, threads: int) -> tu
             from w2s_jax.runtime.predictor import is_chunked  # else onnxruntime's memory would be counted as OpenVINO's
 
             if is_chunked([name for name, _, _ in inputs]):
-                raise _NotForOpenVINO("it hears a recording piece by piece, which Predictor does in onnxruntime")
+                raise _NotForOpenVINO("it takes a recording piece by piece, which Predictor does in onnxruntime")
         feed = _make_feed(str(file), inputs, seconds)
         request = compiled.create_infer_request()
         run = functools.partial(request.infer, feed, share_inputs=True)

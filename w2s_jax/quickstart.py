@@ -56,7 +56,7 @@ def run(workdir: Path, out: Console | None = None, reporter: Callable | None = N
     settings = config.load("wav2small", [f"steps={steps}", *SETTINGS])
     with reporter("train", "steps") as progress:
         trained = train.train(settings, bank, drawn, taught, workdir / "run", progress=progress.report)
-    out.print("5/7 evaluate on voices that were never heard", style="bold")
+    out.print("5/7 evaluate on voices that it was not trained on", style="bold")
     scores = evaluate(workdir / "run", bank, drawn, taught, out=workdir / "run")["teacher"]
     out.print("6/7 export to ONNX", style="bold")
     exported = export.export_student(

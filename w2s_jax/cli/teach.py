@@ -30,7 +30,7 @@ def label(
     normalisation: o.Normalisation = None,
     revision: o.Revision = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Views of one length that each device hears at once; a power of two wastes nothing.")
+        int, typer.Option(min=1, help="Views of one length in a batch on each device; a power of two wastes nothing.")
     ] = 16,
     distributed: o.Distributed = False,
     coordinator: o.Coordinator = None,
@@ -73,7 +73,7 @@ def check_teacher(
     dtype: o.Dtype = None,
     normalisation: o.Normalisation = None,
     revision: o.Revision = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Views that each device hears at once.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Views in a batch on each device.")] = 4,
     seconds: Annotated[float, typer.Option(min=0.05, max=3600, callback=o.finite, help="Length of a view.")] = 5.0,
     bank_path: Annotated[
         Path | None, typer.Option("--bank", help="Compare --dtype bfloat16 with float32 on 32 clips of this bank.")

@@ -111,7 +111,7 @@ def evaluate(
     normalisation: o.Normalisation = None,
     revision: o.Revision = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Clips that each device hears at once.", show_default="8")
+        int | None, typer.Option(min=1, help="Clips in a batch on each device.", show_default="8")
     ] = None,
     as_json: o.Json = False,
 ) -> None:
@@ -121,7 +121,7 @@ def evaluate(
     options = (checkpoint_dir, dimensions, dtype, normalisation, revision, output)
     if teacher is not None:
         if views_path or labels_path:
-            raise UsageError("--teacher hears whole clips and is compared with people: --views and --labels are for a student")
+            raise UsageError("--teacher labels whole clips and is compared with people: --views and --labels are for a student")
         report, written = _evaluate_teacher(teacher, options, bank_path, split, batch_size or 8, into)
     else:
         if any(value is not None for value in (*options, batch_size)):
@@ -152,7 +152,7 @@ def _evaluate_teacher(
         )
     _print_scores(report["human"], f"{name} against people's ratings, {split} split, {report['clips']} clips")
     if report["cut"]:
-        out.print(f"{report['cut']} clips are longer than 30 s; only their first 30 s were heard")
+        out.print(f"{report['cut']} clips are longer than 30 s; only their first 30 s were used")
     if getattr(teacher, "doubt", None):
         Reporter.message(f"w2s: warning: {teacher.doubt}", style="yellow")
     return report, into and into / f"teacher_{split}"
