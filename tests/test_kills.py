@@ -96,7 +96,7 @@ def test_train(bank, tmp_path):
 
 
 #: Of two processes that label; W2S_KILLS=50 was run as well.
-KILLS = int(os.environ.get("W2S_KILLS", "4"))
+KILLS = int(os.environ.get("W2S_KILLS", "2"))
 
 
 def contents(directory) -> dict:
