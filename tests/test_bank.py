@@ -403,3 +403,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, about["sample
     grown, samples = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert samples == 3600 * 16_000
     assert grown < 100 * 1024  # kB
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+def test_tables_are_read_without_threads_that_a_short_process_could_trip_over(bank, views, labels_path, tmp_path):
+    views.save(tmp_path / "views.parquet")
+    code = """if True:
+        import os, sys
+        from w2s_jax.bank import Bank
+        from w2s_jax.labels import Labels
+        from w2s_jax.views import Views
+        before = len(os.listdir("/proc/self/task"))
+        Bank(sys.argv[1])
+        Labels.read(sys.argv[3], Views.read(sys.argv[2]))
+        print(before, len(os.listdir("/proc/self/task")))
+    """
+    command = [sys.executable, "-c", code, bank.path, tmp_path / "views.parquet", labels_path]
+    before, after = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert before == after

@@ -299,6 +299,16 @@ def _claim(out: Path, origin: dict, force: bool) -> None:
         write_json(plan, now)
 
 
+def read_table(source: bytes | os.PathLike) -> pa.Table:
+    """Read a parquet file, or the content of one, in this thread.
+
+    Threads of pyarrow's (26.0) abort a process that ends right after it has read: one in twenty on a busy machine.
+    """
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    with pq.ParquetFile(pa.BufferReader(content)) as file:
+        return file.read(use_threads=False)
+
+
 class _Problem(NamedTuple):
     """A clip that is missing in the bank, or cut short; ``clip`` is its index within the shard."""
 
@@ -332,7 +342,7 @@ def _read_shard(out: Path, number: int, clips: Sequence[Clip]) -> _Shard | None:
     """Read a shard; None unless it was made of exactly these files (the first of ``clips``) and is undamaged."""
     samples_path, table_path = _files(out, number)
     try:
-        table = pq.read_table(table_path)
+        table = read_table(table_path)
         facts = json.loads((table.schema.metadata or {})[b"w2s"])
         table = table.replace_schema_metadata(None)
         shard = _Shard(table, facts["clips"], [_Problem(*problem) for problem in facts["problems"]])
@@ -637,7 +647,7 @@ class Bank:
             content = file.read_bytes()
             if version > 1 and fingerprint(content) != self.about["sums"][file.name]:
                 raise BankError(f"{file} is damaged: its checksum is not that of bank.json; {again}")
-            table = pq.read_table(pa.BufferReader(content))
+            table = read_table(content)
         except (OSError, pa.ArrowException) as error:
             raise BankError(f"{file} is missing or damaged ({error}); {again}") from error
         self.clips = {name: table[name].to_numpy() for name in table.column_names}

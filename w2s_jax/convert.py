@@ -305,7 +305,7 @@ def _from_student(name: str, student: nn.Module, dimensions: Sequence[str], path
             f"the student at {path} is another one than is to be trained ({'; '.join(differing)}); "
             "give one with the same fields, or train with its fields (--set fields.NAME=VALUE)"
         )
-    place = path / "student" if (path / "student" / checkpoint.CONFIG).exists() else path
+    place = checkpoint.find_student(path)
     # a student that was started from other weights hands their terms on
     licences = [part["licence"] for part in (config["teacher"], config.get("pretrained")) if part]
     about = {

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from w2s_jax.bank import read_table
 from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.files import fingerprint, read_json, write_atomic
 from w2s_jax.views import RENDERING, Views
@@ -101,7 +102,7 @@ def write_shard(directory: Path, number: int, rows: np.ndarray, values: np.ndarr
 def read_shard(directory: Path, number: int, rows: np.ndarray, names: tuple[str, ...]) -> np.ndarray | None:
     """The values of one shard, float32 [n, names]; None if it is missing, damaged or not of these rows."""
     try:
-        table = pq.read_table(shard_path(directory, number))
+        table = read_table(shard_path(directory, number))
         values = np.stack([table[name].to_numpy() for name in names], axis=1)
         checksum = (table.schema.metadata or {}).get(b"checksum")  # None: written before there were any
         if checksum is not None and checksum.decode() != _checksum(table["view"].to_numpy(), values, names):

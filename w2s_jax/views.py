@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from w2s_jax import SAMPLING_RATE
-from w2s_jax.bank import Bank
+from w2s_jax.bank import Bank, read_table
 from w2s_jax.corpora import SPLITS
 from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.files import fingerprint, write_atomic
@@ -74,7 +74,7 @@ class Views:
             if file.read(4) != b"PAR1":
                 raise UsageError(f"{path} is not parquet, so no table of views; make one with w2s views draw")
         try:
-            table = pq.read_table(path)
+            table = read_table(path)
             about = json.loads((table.schema.metadata or {}).get(b"w2s", b"{}"))
             if not isinstance(about, dict) or about.get("format") != "w2s-views":
                 raise UsageError(f"{path} is a parquet file, but not a table of views; make one with w2s views draw")

@@ -110,9 +110,7 @@ def evaluate(
     dtype: o.Dtype = None,
     normalisation: o.Normalisation = None,
     revision: o.Revision = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Clips in a batch on each device.", show_default="8")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Clips in a batch on each device.", show_default="8")] = None,
     as_json: o.Json = False,
 ) -> None:
     """CCC per dimension, with 95 % confidence intervals, against the teacher's labels and against people's ratings."""

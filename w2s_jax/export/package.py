@@ -92,9 +92,7 @@ def export_student(
         raise UsageError(f"{out} exists and is not a model directory (it has no {REPORT}); choose another place")
     _check_replaceable(out)
     student, variables, config = checkpoint.load_student(run_or_student_dir)
-    source = Path(run_or_student_dir)
-    if (source / "student" / checkpoint.CONFIG).exists():
-        source = source / "student"
+    source = checkpoint.find_student(run_or_student_dir)
     calibration, check = _split_waves(calibration, check, student.minimum_samples)
     kinds, skipped = _choose_kinds(kinds, student, bool(calibration))
     if weight_bits not in LARGEST:
@@ -115,7 +113,7 @@ def export_student(
     report: dict = {"files": {}, "parity": {}, "kinds": {}, "failed": {}, "skipped": skipped}
     report |= {"passes": passes, "versions": _collect_versions()}
     with tempfile.TemporaryDirectory() as place:
-        made, reference = {}, None
+        made, files, reference = {}, {}, None
         for kind in kinds:
             file = Path(place) / FILES[kind]
             try:
@@ -143,10 +141,9 @@ def export_student(
                 message(f"fp32: differs from Flax by at most {parity['max_difference']:.1e}, up to {seconds:.0f} s")
             elif check:
                 message(f"{kind}: {len(content) / 1000:.1f} kB, CCC with fp32 at least {min(row['ccc'].values()):.5f}")
-            made[kind], report["kinds"][kind] = file, row
+            made[kind], files[file.name], report["kinds"][kind] = file, content, row
         for kind, figures in (measure_kinds(made, against, message) if measure or against else {}).items():
             report["kinds"][kind] |= figures
-        files = {file.name: file.read_bytes() for file in made.values()}
     for kind, why in skipped.items():
         message(f"{kind}: skipped, {why}")
 
