@@ -38,10 +38,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from w2s_jax import bank, evaluate, metrics, teachers, train
+from w2s_jax import bank, evaluate, metrics, teachers
 from w2s_jax.labels import Labels
 from w2s_jax.render import render_on_host
 from w2s_jax.runtime import Predictor
+from w2s_jax.train import units
 from w2s_jax.views import Views
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # of progress bars, and nothing here draws any
@@ -179,7 +180,7 @@ plt.show()
 # ### What `calibrate` does
 #
 # On voices that it does not know, a student is less sure, so its predictions spread less than the teacher's values, and
-# CCC counts that as an error. After each evaluation in training, `train.calibration` measures mean and spread on the
+# CCC counts that as an error. After each evaluation in training, `units.calibrate` measures mean and spread on the
 # *validation* views and folds a scale and a shift into the output layer: the network stays as small as it was. The
 # price: squared error prefers the smaller spread. Here the predictions are shrunk and stretched about their mean:
 
@@ -228,7 +229,7 @@ timid = [
     0.6 * (values - values.mean(axis=0)) + values.mean(axis=0)
     for values in (evaluate.predict_views(infer, the_bank, the_views, validation), student)
 ]
-shift, scale = train.calibration(timid[0], known, np.ones(3))
+shift, scale = units.calibrate(timid[0], known, np.ones(3))
 print("scale found on validation views:", scale.round(2), " (1 / 0.6 = 1.67)")
 for what, values in (("shrunk to 60 %", timid[1]), ("and calibrated", timid[1] * scale + shift), ("as trained", student)):
     print(f"{what:<15} test CCC {metrics.ccc(values, taught).round(3)}  spread {(values.std(0) / taught.std(0)).round(2)}")

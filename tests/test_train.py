@@ -36,6 +36,7 @@ from w2s_jax.losses import distillation_loss
 from w2s_jax.train import step, units
 from w2s_jax.train.checkpoints import Checkpoints
 from w2s_jax.train.loop import training_flops
+from w2s_jax.train.run import Run
 from w2s_jax.views import draw
 
 #: What a line of metrics.jsonl says of the machine; the rest is the same wherever a run was interrupted.
@@ -566,3 +567,11 @@ def test_the_model_card_names_what_a_student_started_from(run):
 def test_arithmetic_of_a_step():
     # 0.391 GMAC forward (experiments/README.md, "What students cost"), three passes, 2 FLOP each
     assert training_flops(models.build("wav2small"), 80_000) == 2 * 3 * 390_967_041
+
+
+@pytest.mark.parametrize(("form", "kernels"), [("direct", {"direct"}), ("blocks", {"blocks"}), ("auto", {"native", "direct"})])
+def test_a_run_records_what_computes_its_convolutions(bank, views, labels, tmp_path, form, kernels):
+    settings = config.load("wav2small", [*TINY, f"form={form}"])
+    assert Run(config=settings, bank=bank, views=views, labels=labels, workdir=tmp_path).kernel in kernels
+    cnn = config.load("cnn14", ["batch_size=6"])
+    assert Run(config=cnn, bank=bank, views=views, labels=labels, workdir=tmp_path).kernel == "xla"

@@ -162,7 +162,7 @@ class Run:
         if form is None:
             return "xla"
         shape = (getattr(self.training_student, "kernel", 3), getattr(self.training_student, "stride", 1))
-        return "native" if forms.trains_natively(form, *shape, dtype, self.parallel.axis_name) else forms.chosen(form)
+        return "native" if forms.trains_natively(form, *shape, dtype, self.parallel.axis_name) else forms.resolve(form)
 
     @cached_property
     def pretrained(self) -> tuple[dict, dict | None]:
