@@ -78,7 +78,7 @@ class Run:
                 raise UsageError(
                     f"{name} is {config[name]}; expected at least {least}" + " (CCC belongs to a set)" * (least == 2)
                 )
-        for name, zero in (("learning_rate", False), ("clip_norm", False), ("weight_decay", True), ("l2", True)):
+        for name, zero in (("learning_rate", True), ("clip_norm", False), ("weight_decay", True), ("l2", True)):
             if not (0 < config[name] < float("inf") or (zero and config[name] == 0)):
                 raise UsageError(f"{name} is {config[name]}; expected a number above 0{', or 0' * zero}")
         if not 0 < config.crop <= 1:
