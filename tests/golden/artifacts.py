@@ -51,6 +51,8 @@ def main(out: Path) -> None:
     export_student(
         place / "run", place / "model", calibration=waves * 3, check=waves, kinds=["int8", "chunked", "litert"], min_ccc=-1
     )
+    for note in place.rglob("commit_success.txt"):  # names the directory that it was made in
+        note.write_text(note.read_text().replace(str(out), "tests/golden"))
     for lock in place.rglob(".lock"):
         lock.unlink()
     probe = voice(1.0, 99)
