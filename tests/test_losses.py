@@ -23,6 +23,18 @@ def test_ccc_is_lins():
         np.testing.assert_allclose(ccc(x, y)[d], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+def test_the_loss_is_one_minus_the_mean_ccc_plus_the_squared_error(l2):
+    # by numpy; whoever changes the loss increases train.run.NUMERICS
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((2, 50, 3))
+    covariance = ((x - x.mean(0)) * (y - y.mean(0))).mean(0)
+    lins = 2 * covariance / (x.var(0) + y.var(0) + (x.mean(0) - y.mean(0)) ** 2)
+    loss, scores = distillation_loss(x.astype(np.float32), y.astype(np.float32), l2=l2)
+    np.testing.assert_allclose(scores, lins, rtol=1e-4)
+    np.testing.assert_allclose(loss, 1 - lins.mean() + l2 * ((x - y) ** 2).mean(), rtol=1e-5)
+
+
 @given(st.floats(-100, 100, width=32), st.floats(-100, 100, width=32), st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_loss_and_gradient_are_finite_without_spread(p, t, same):

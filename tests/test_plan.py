@@ -11,12 +11,14 @@ for package in ("tensorflow", "tf2onnx"):
     pytest.importorskip(package, reason="needs pip install 'w2s-jax[export]'")
 onnx = pytest.importorskip("onnx", reason="needs pip install 'w2s-jax[export]'")
 
-from w2s_jax import kinds, models  # noqa: E402
-from w2s_jax.export import build, direct  # noqa: E402
+from w2s_jax import checkpoint, config, kinds, models, train  # noqa: E402
+from w2s_jax.errors import UsageError  # noqa: E402
+from w2s_jax.export import build, direct, export_student, judge  # noqa: E402
 from w2s_jax.export import onnx as graph  # noqa: E402
 from w2s_jax.export import plan as plans  # noqa: E402
 from w2s_jax.export.deploy import apply, as_float32, deploy, forward  # noqa: E402
 from w2s_jax.models import plan  # noqa: E402
+from w2s_jax.runtime import Predictor  # noqa: E402
 
 #: Every student, small, and each pooling.
 STUDENTS = {
@@ -113,7 +115,7 @@ def test_every_kind_has_a_builder_and_a_file_of_its_own():
 
 
 class Own(nn.Module):
-    """A student from outside the package: log-mel image, one convolution, mean over time, output."""
+    """A student from outside the package, as ``models.Student`` asks for: log-mel, one convolution, mean over time, output."""
 
     dimensions: int = 2
     n_fft: int = 64
@@ -122,7 +124,7 @@ class Own(nn.Module):
     minimum_samples: int = 64
 
     @nn.compact
-    def __call__(self, wave):
+    def __call__(self, wave, train=False):
         image = models.frontend.LogMel(name="logmel")(models.frontend.normalise(wave))
         x = nn.relu(nn.Conv(16, (3, 3), padding=1, name="conv")(image[..., None]))
         x = nn.Conv(4, (1, 1), name="mix")(x).transpose(0, 1, 3, 2)
@@ -140,6 +142,30 @@ class Own(nn.Module):
             plan.Dense(adv["kernel"], adv["bias"]),
         )
         return plan.Plan(layers, self.minimum_samples)
+
+
+def test_a_student_of_ones_own_trains_and_leaves(bank, views, labels, tmp_path, monkeypatch):
+    """It has no BatchNorm, and no field that says how it is computed."""
+    monkeypatch.setitem(models.STUDENTS, "own", Own)
+    monkeypatch.setattr(judge, "PARITY_LENGTHS", (1021,))
+    settings = config.load("own", ["steps=2", "batch_size=4", "eval_every=2"])
+    train.train(settings, bank, views, labels, tmp_path / "run")
+    student, variables, _ = checkpoint.load_student(tmp_path / "run")
+    export_student(tmp_path / "run", tmp_path / "model", kinds=["fp32"], measure=False)
+    wave = voice(0.5, 1)
+    expected = student.apply(variables, wave[None])[0]
+    np.testing.assert_allclose(list(Predictor(tmp_path / "model")(wave).values()), expected, atol=1e-4)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "own (" in card and "arXiv" not in card and "The network normalises each recording" in card
+
+    class Unnamed(Own):
+        @nn.compact
+        def __call__(self, wave, train=False):
+            return nn.Dense(self.dimensions, name="out")(wave[:, :64])
+
+    monkeypatch.setitem(models.STUDENTS, "own", Unnamed)
+    with pytest.raises(UsageError, match="student own has no output layer adv, an nn.Dense with bias, .*; it has out"):
+        train.train(settings, bank, views, labels, tmp_path / "other")
 
 
 def test_a_student_of_ones_own_with_a_fold_gets_eight_bits():

@@ -179,16 +179,18 @@ def test_a_crop_takes_a_part_that_depends_on_seed_and_step():
     assert step.random_crop(ramps, 1.0, jax.random.key(0)) is ramps
 
 
-def test_an_interrupted_run_ends_bit_for_bit_the_same(run, bank, views, labels, tmp_path):
+@pytest.mark.parametrize("logged", [6, 2])  # 2: before the first evaluation
+def test_an_interrupted_run_ends_bit_for_bit_the_same(run, bank, views, labels, tmp_path, logged):
     settings = config.load("wav2small", TINY)
 
-    def stop_at_seven(done, *_, **__):
-        if done == 6:
+    def stop(done, *_, **__):
+        if done == logged:
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(training.Interrupted) as stopped:
-        training.train(settings, bank, views, labels, tmp_path, progress=stop_at_seven)
+        training.train(settings, bank, views, labels, tmp_path, progress=stop)
     assert stopped.value.exit_code == 143
+    assert (tmp_path / "student").exists() == (logged > 4)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "kind": "train"}\n{"ste')  # what a kill may leave
     training.train(settings, bank, views, labels, tmp_path)
@@ -264,7 +266,7 @@ def test_what_is_no_place_for_a_run_is_refused(finished, bank, views, labels, la
     for change, said in (
         ("learning_rate=-1.0", "learning_rate is -1"),
         ("steps=0", "steps is 0"),
-        ("l2=-0.1", "above 0, or 0"),
+        ("l2=-0.1", "at least 0"),
     ):
         with pytest.raises(UsageError, match=said):
             training.train(config.load("wav2small", [*TINY, change]), bank, views, labels, tmp_path / "none")
@@ -423,7 +425,22 @@ def test_a_loss_that_is_not_finite_names_its_views(bank, views, labels, tmp_path
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [("stepz=3", "no setting 'stepz'"), ("steps=many", "expected int"), ("steps", "key=value"), ("fields.x=1", "no field x")],
+    [
+        ("stepz=3", "no setting 'stepz'"),
+        ("steps=many", "expected int"),
+        ("steps", "key=value"),
+        ("fields.x=1", "no field x"),
+        ("warmup=7", "warmup is 7.0; expected a share of the steps"),
+        ("seed=-1", "seed is -1"),
+        (f"seed={2**31}", "below 2³¹"),
+        ("scan_steps=-1", "scan_steps is -1; expected at least 0"),
+        ("workers=-1", "workers is -1"),
+        ("ema=1", "and below 1"),
+        ("bank_gib=-1", "bank_gib is -1"),
+        ("fields.dimensions=7", "fields.dimensions cannot be set: the labels decide it"),
+        ("fields.form='blocks'", "use --set form=VALUE"),
+        ("fields.axis_name='x'", "training sets it"),
+    ],
 )
 def test_wrong_settings_are_refused(setting, message, bank, views, labels, tmp_path):
     with pytest.raises(UsageError, match=message):

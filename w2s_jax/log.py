@@ -26,10 +26,11 @@ class Log:
     Args:
         workdir: of the run.
         done: steps that the run has done; lines of later steps, and a last line that a kill cut off, are dropped.
+        every: steps between lines; a run that was stopped earlier has none.
         active: False makes a log that writes nothing, for all processes of a run but the main one.
     """
 
-    def __init__(self, workdir: str | os.PathLike, done: int, *, active: bool = True) -> None:
+    def __init__(self, workdir: str | os.PathLike, done: int, *, every: int = 1, active: bool = True) -> None:
         self._open = contextlib.ExitStack()
         self._file = self._board = None
         if not active:
@@ -38,7 +39,7 @@ class Log:
         lines, lost = read_log(self._path)
         if lost:
             warnings.warn(f"{self._path} is damaged: {lost} lines of it cannot be read and are left out", stacklevel=2)
-        if done and not lines:
+        if done >= every and not lines:
             warnings.warn(f"{self._path} has no line of the {done} steps that are done", stacklevel=2)
         text = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= done)
         write_atomic(self._path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,4 +1,7 @@
-"""The training loss: one minus the concordance correlation coefficient of the global batch, plus a weighted squared error."""
+"""The training loss: one minus the concordance correlation coefficient of the global batch, plus a weighted squared error.
+
+Whoever changes it increases ``train.run.NUMERICS``, so that no run goes on with another loss than it began with.
+"""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _where_to_fill(student) -> str:
 
 
 def _properties(student) -> tuple[str, ...] | None:
-    """``direct.properties`` of a student."""
+    """``direct.find_properties`` of a student."""
     return direct.find_properties(models.outline(student) if hasattr(student, "fold") else None)
 
 

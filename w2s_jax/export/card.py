@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from w2s_jax import DIMENSIONS, __version__, machine, models
 from w2s_jax.kinds import FILES, KINDS
+from w2s_jax.models.plan import Normalise
 from w2s_jax.names import line, markdown
 from w2s_jax.runtime.predictor import LOGITS
 from w2s_jax.runtime.session import REPORT
 
-SOURCE = "arXiv 2408.13920"
 #: The licences that Hugging Face knows under these names; any other is named in the card's text only.
 _HUB_LICENCES = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "bsd-3-clause")
 
@@ -33,8 +33,14 @@ def collect_facts(student, config: dict) -> dict[str, str]:
         **({"pretrained": _describe_start(pretrained)} if (pretrained := config.get("pretrained")) else {}),
         "licence": _licence(config),
         "stand_in": "true" if teacher["stand_in"] else "false",
-        "source": SOURCE,
+        **({"source": student.source} if hasattr(student, "source") else {}),
+        "normalises": "true" if _normalises(student) else "false",
     }
+
+
+def _normalises(student) -> bool:
+    """Whether a student is known to divide each recording by its own level."""
+    return hasattr(student, "fold") and isinstance(models.outline(student).layers[0], Normalise)
 
 
 def _describe_start(pretrained: dict) -> str:
@@ -98,7 +104,7 @@ def compose_card(name: str, facts: dict[str, str], config: dict, report: dict) -
         "license": slug if slug in _HUB_LICENCES else "other",
         "library_name": "onnx",
         "pipeline_tag": "audio-classification",
-        "tags": [*(["speech-emotion"] if emotion else []), "knowledge-distillation", "wav2small", "onnx", *dimensions],
+        "tags": [*(["speech-emotion"] if emotion else []), "knowledge-distillation", config["student"], "onnx", *dimensions],
     }
     if slug not in _HUB_LICENCES:
         head["license_name"] = line(licence)
@@ -139,13 +145,20 @@ def compose_card(name: str, facts: dict[str, str], config: dict, report: dict) -
             "Ice Lake and Cascade Lake on). On other x86 processors their sums overflow and the values are wrong; `Predictor`\n"
             "refuses them there."
         )
+    level = ""
+    if facts["normalises"] == "true":
+        level = (
+            " The network normalises each recording, so its level does not matter, unless it is close\n"
+            "to silence (root mean square below about 0.005)."
+        )
+    source = f", {facts['source']}" if "source" in facts else ""
     failed = "".join(f"\n\nNot here: {kind}, {why}." for kind, why in report["failed"].items())
     return f"""---
 {front}
 ---
 # {name}
 
-{config["student"]} ({int(facts["parameters"]):,} parameters, {SOURCE}): 16 kHz mono speech in, {names} out.
+{config["student"]} ({int(facts["parameters"]):,} parameters{source}): 16 kHz mono speech in, {names} out.
 {warning}
 ```python
 from w2s_jax.runtime import Predictor
@@ -155,8 +168,7 @@ print(predictor(wave, 16000))  # {{{outputs}}}
 ```
 
 Input `signal`, float32 `[1, time]`, any length from {facts["minimum_samples"]} samples on; output `logits`,
-`[1, {len(dimensions)}]`, not clipped. The network normalises each recording, so its level does not matter, unless it is close
-to silence (root mean square below about 0.005).
+`[1, {len(dimensions)}]`, not clipped.{level}
 
 | kind | for | file | size | right on | how far it is off | CCC against fp32 | time | peak memory |
 |---|---|---|---|---|---|---|---|---|

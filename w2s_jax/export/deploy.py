@@ -129,6 +129,8 @@ def apply(layer: Layer, x: Array) -> Array:
         case Dense():
             x = x.reshape(1, -1) @ layer.kernel + layer.bias
             return ACTIVATIONS[layer.activation](x) if layer.activation else x
+        case _:
+            raise NotImplementedError(f"export.deploy.apply has no case for {type(layer).__name__}")
 
 
 def values_and_scores(layer: AttentionPooling, x: Array) -> tuple[Array, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar, Protocol
 
 try:
     import flax.linen as nn
@@ -24,7 +25,37 @@ from w2s_jax.models.plan import Plan
 from w2s_jax.models.wav2small import Wav2Small, Wav2Small17K
 from w2s_jax.names import line
 
-#: Name → module class. ``build`` makes one; a new student is one more line here.
+
+class Student(Protocol):
+    """A linen module that this package trains and exports: waveforms [B, T] at 16 kHz → logits float32 [B, dimensions].
+
+    Its variables, float32, are ``params`` and, where it has them, ``batch_stats`` and ``frontend`` (constants). The output
+    layer is an ``nn.Dense`` named ``adv``: it takes up the unit of the labels.
+
+    Fields and attributes:
+        dimensions: a field, how many outputs.
+        minimum_samples: the shortest waveform that it takes.
+        hop: samples from one frame to the next.
+        source: a class attribute, the paper that it is from; may be missing.
+        axis_name: a field, the mapped axis over whose devices BatchNorm takes its moments; a student without BatchNorm needs
+            none. ``norm.BatchNorm`` has it too.
+        dtype: a field, of the activations; without it training is in float32.
+        form: a field, of the convolutions; see ``forms``. May be missing.
+        fold: a method, variables → ``plan.Plan``: the student in inference, which every kind of file but those that TensorFlow
+            converts is built from. Without it a student has "fp32", "litert" and what is derived from them.
+    """
+
+    dimensions: int
+    minimum_samples: int
+    hop: int
+    source: ClassVar[str]
+
+    def __call__(self, wave: jax.Array, train: bool = False) -> jax.Array:
+        """Logits; with ``train``, BatchNorm takes the moments of the batch and updates ``batch_stats``."""
+        ...
+
+
+#: Name → module class, a ``Student``. ``build`` makes one; a new student is one more line here.
 STUDENTS: dict[str, type[nn.Module]] = {
     "wav2small": Wav2Small,
     "wav2small_17k": Wav2Small17K,
@@ -94,7 +125,7 @@ def shapes(student: nn.Module) -> dict:
 def count(student: nn.Module) -> dict[str, int]:
     """Parameters of a student, ``trained`` and ``fixed`` (the front end), without computing anything."""
     sizes = {part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for part, tree in shapes(student).items()}
-    return {"trained": sizes["params"], "fixed": sizes["frontend"]}
+    return {"trained": sizes["params"], "fixed": sizes.get("frontend", 0)}
 
 
 @computing()

@@ -26,6 +26,8 @@ class CNN14(nn.Module):
     student here. Dropout is left out: a student of a teacher's outputs sees new mixtures all the time.
     """
 
+    source = "arXiv 1912.10211"
+
     dimensions: int = 3
     channels: int = 64
     n_fft: int = 512

@@ -491,6 +491,8 @@ class MobileNetStudent(nn.Module):
     is that of the trunk's activations, "float32" or "bfloat16"; parameters, front end, sums and logits are float32 anyway.
     """
 
+    source = "arXiv 2408.13920"
+
     dimensions: int = 3
     width: float = 1.0
     n_fft: int = 64

@@ -1,8 +1,8 @@
 """What a student computes in inference, as data: a plan is a sequence of typed layers with their weights.
 
 A student's method ``fold`` makes its plan from its variables, with every BatchNorm and every constant factor folded in. What
-leaves JAX (ONNX, TensorFlow Lite, C) and the count of operations read plans and nothing else, so a new student is one ``fold``
-and a new target one reader of the layers below.
+leaves JAX and the count of operations read plans and nothing else: a new student is one ``fold``, and a new export target one
+function that interprets the layers below.
 
 A layer maps what the one before it returns. Images are [channels, mel, time], without a batch axis; the convolutions' kernels
 are [out, in, mel, time], all other matrices [in, out]. Layers are pytrees of their arrays (float64 from ``export.plan.fold``).
@@ -239,6 +239,8 @@ def measure(layer: Layer, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]
             return (shape[0], shape[1] + shape[0]), shape[0] ** 2 * shape[1]
         case Dense(kernel=kernel):
             return (kernel.shape[1],), math.prod(kernel.shape)
+        case _:
+            raise NotImplementedError(f"models.plan.measure has no case for {type(layer).__name__}")
 
 
 def _describe(layer: Layer) -> str:

@@ -98,10 +98,13 @@ def statistics_pooling(x: Array) -> Array:
     return jnp.concatenate([mean, jnp.sqrt(variance + EPSILON)], axis=-1)
 
 
-#: What a student's field ``pooling`` may be besides "attention".
-MOMENTS = {"mean": mean_pooling, "statistics": statistics_pooling}
+#: What a student's field ``pooling`` may be besides "attention": in training, [B, time, C] → [B, …], and as a layer of a plan.
+POOLINGS = {
+    "mean": (mean_pooling, plan.MomentPooling(deviation=False)),
+    "statistics": (statistics_pooling, plan.MomentPooling(deviation=True)),
+}
 
 
 def fold_pooling(pooling: str, params: Mapping) -> plan.Layer:
     """A pooling by its name as a layer of a plan; ``params`` are those of the student, attention's under "pool"."""
-    return plan.MomentPooling(pooling == "statistics") if pooling in MOMENTS else plan.fold_attention(params["pool"])
+    return plan.fold_attention(params["pool"]) if pooling == "attention" else POOLINGS[pooling][1]

@@ -19,7 +19,7 @@ from w2s_jax.models import native, plan
 from w2s_jax.models.forms import Dense, FormedConvolution, check_running, trains_natively
 from w2s_jax.models.frontend import LogMel, normalise
 from w2s_jax.models.norm import EPSILON, BatchNorm, update_running_stats
-from w2s_jax.models.pooling import MOMENTS, AttentionPooling, fold_pooling, max_pool
+from w2s_jax.models.pooling import POOLINGS, AttentionPooling, fold_pooling, max_pool
 
 
 def _check(module: nn.Module) -> None:
@@ -123,6 +123,8 @@ class Wav2SmallStudent(nn.Module):
     the trunk's input to the pooling, "float32" or "bfloat16"; parameters, front end, sums and logits are float32 anyway.
     """
 
+    source = "arXiv 2408.13920"
+
     dimensions: int = 3
     channels: int = 13
     n_fft: int = 64
@@ -177,7 +179,7 @@ class Wav2Small(Wav2SmallStudent):
     pooling: str = "attention"
 
     def __post_init__(self) -> None:
-        if self.pooling not in (known := ("attention", *MOMENTS)):
+        if self.pooling not in (known := ("attention", *POOLINGS)):
             raise UsageError(f"pooling is {self.pooling!r}; expected one of {', '.join(known)}")
         super().__post_init__()
 
@@ -187,7 +189,7 @@ class Wav2Small(Wav2SmallStudent):
         batch, time, mel, channels = x.shape
         # features are ordered (channel, mel), as in the PyTorch original, so that weights carry over unchanged
         tokens = x.transpose(0, 1, 3, 2).reshape(batch, time, channels * mel)
-        pool = MOMENTS.get(self.pooling) or AttentionPooling(name="pool")
+        pool = AttentionPooling(name="pool") if self.pooling == "attention" else POOLINGS[self.pooling][0]
         return nn.Dense(self.dimensions, name="adv")(pool(tokens))
 
     @nn.nowrap

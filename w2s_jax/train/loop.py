@@ -115,9 +115,9 @@ def train(
         variables = run.initial_variables()
         state = jax.device_get(initial_state(variables, run.optimizer))
         checkpoints = contexts.enter_context(Checkpoints(run.workdir / "checkpoints"))
-        state, frontend, best = run.restore(checkpoints, state, variables["frontend"])
+        state, frontend, best = run.restore(checkpoints, state, variables.get("frontend", {}))
         run.write_config(int(state.step), planned_steps)
-        log = contexts.enter_context(Log(run.workdir, int(state.step), active=is_main_process()))
+        log = contexts.enter_context(Log(run.workdir, int(state.step), every=run.config.log_every, active=is_main_process()))
         return _Loop(run, int(state.step), frontend, best, log, checkpoints, signals).run(state)
 
 
@@ -149,7 +149,7 @@ class _Loop:
     def run(self, state: State) -> dict:
         config, workdir = self._run.config, self._run.workdir
         done = int(state.step)
-        if done and not self._best["step"]:
+        if self._best["step"] is None:  # the best student is lost: this one takes its place
             self._evaluate(state, done)
         pending = None  # a dispatch whose metrics were not read yet: the devices get the next one first
         for dispatch in self._dispatches(self._run.parallel.replicate(state), done):

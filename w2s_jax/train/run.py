@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -32,8 +33,8 @@ from w2s_jax.train.checkpoints import Checkpoints
 from w2s_jax.train.step import State
 from w2s_jax.views import Views
 
-#: Raised by every change to this package that makes a run compute other numbers from the same settings. A run is resumed only
-#: with the version that it was started with.
+#: To be increased with every change of the loss, the step, rendering or a student that makes a run compute other numbers from
+#: the same settings. A run is resumed only with the version that it was started with.
 NUMERICS = 1
 #: The format of a run's config.json.
 VERSION = 1
@@ -43,6 +44,21 @@ _LENGTH = ("steps", "eval_every", "log_every")
 #: Settings that config.json leaves out: they say where and how a run is computed, not what it computes. Weights to start from
 #: are identified by their content, not by their path.
 _UNRECORDED = {"pretrained", "parallel", "bank_placement", "bank_gib", "workers", "scan_steps"}
+
+
+#: Setting → what its value has to be, in words and as a function.
+LIMITS = {
+    **dict.fromkeys(("steps", "eval_every", "log_every", "accumulate"), ("at least 1", lambda value: value >= 1)),
+    "batch_size": ("at least 2: a CCC compares how values vary", lambda value: value >= 2),
+    **dict.fromkeys(("learning_rate", "weight_decay", "l2"), ("a number of at least 0", lambda value: 0 <= value < math.inf)),
+    "clip_norm": ("a number above 0", lambda value: 0 < value < math.inf),
+    "warmup": ("a share of the steps, 0 to 1", lambda value: 0 <= value <= 1),
+    "ema": ("at least 0 and below 1", lambda value: 0 <= value < 1),
+    "crop": ("a share of each view, above 0 and at most 1", lambda value: 0 < value <= 1),
+    "seed": ("a whole number of at least 0 and below 2³¹", lambda value: 0 <= value < 2**31),
+    **dict.fromkeys(("scan_steps", "data_shards", "workers"), ("at least 0", lambda value: value >= 0)),
+    "bank_gib": ("at least 0", lambda value: 0 <= value < math.inf),
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,16 +89,12 @@ class Run:
                 "there is one validation view, and a CCC compares how values vary: it needs two at least. Draw more of each "
                 "clip (w2s views draw --eval-per-clip), or build the bank with more validation clips"
             )
-        for name, least in (("steps", 1), ("batch_size", 2), ("eval_every", 1), ("log_every", 1)):
-            if config[name] < least:
-                raise UsageError(
-                    f"{name} is {config[name]}; expected at least {least}" + " (CCC belongs to a set)" * (least == 2)
-                )
-        for name, zero in (("learning_rate", True), ("clip_norm", False), ("weight_decay", True), ("l2", True)):
-            if not (0 < config[name] < float("inf") or (zero and config[name] == 0)):
-                raise UsageError(f"{name} is {config[name]}; expected a number above 0{', or 0' * zero}")
-        if not 0 < config.crop <= 1:
-            raise UsageError(f"crop is the share of a view that a step is given, above 0 and at most 1; got {config.crop}")
+        for name, (expected, fits) in LIMITS.items():
+            if not fits(config[name]):
+                raise UsageError(f"{name} is {config[name]}; expected {expected}")
+        for name in sorted({"dimensions", *models.RUNNING} & set(config.fields)):
+            way = {"dimensions": "the labels decide it", "axis_name": "training sets it"}.get(name, f"use --set {name}=VALUE")
+            raise UsageError(f"fields.{name} cannot be set: {way}")
         if config.parallel not in PARALLEL:
             raise UsageError(f"parallel is {config.parallel!r}; expected {' or '.join(PARALLEL)}")
 
@@ -153,6 +165,8 @@ class Run:
         fields = {"axis_name": self.parallel.axis_name, "dtype": self.config.dtype, "form": self.config.form}
         defaults = {"axis_name": None, "dtype": "float32", "form": "auto"}
         changed = {name: value for name, value in fields.items() if value != defaults[name]}
+        if not hasattr(self.student, "axis_name") and "batch_stats" not in models.shapes(self.student):
+            changed.pop("axis_name", None)  # it has no moments to take over devices
         return models.build(self.config.student, **self.fields, **changed)
 
     @cached_property
@@ -227,7 +241,7 @@ class Run:
         """The student's variables before the first step: random, or taken over from ``config.pretrained``.
 
         Raises:
-            UsageError: the student needs longer views.
+            UsageError: the student needs longer views, or has no output layer ``adv``.
         """
         shortest = int(self.config.crop * min(self.batches.lengths))
         if shortest < self.student.minimum_samples:
@@ -237,6 +251,11 @@ class Run:
             )
         init = jax.jit(self.student.init)  # compiled, because most of an eager init is a forward pass that is not needed
         variables = init(jax.random.key(self.config.seed), jnp.zeros((1, int(self.batches.lengths[0]))))
+        if set(variables["params"].get("adv", ())) != {"kernel", "bias"}:
+            raise UsageError(
+                f"student {self.config.student} has no output layer adv, an nn.Dense with bias, which takes up the unit of the "
+                f"labels; it has {', '.join(variables['params'])} (see w2s_jax.models.Student)"
+            )
         taken = jax.tree.map(jnp.asarray, self.pretrained[0])
         if "adv" in taken.get("params", {}):
             taken["params"] = units.unfold_units(taken["params"], self.units)
@@ -250,14 +269,17 @@ class Run:
         """State and front end of the last checkpoint, or of step 0; and the evaluation of the student in student/.
 
         Warns:
-            UserWarning: that student is damaged, so the best is lost; its step is 0 then.
+            UserWarning: that student is damaged, so the best is lost; its step is None then.
         """
         best = {"step": 0, "ccc": None}
         restored = checkpoints.restore(self.checkpoint_trees(state, frontend))
         if restored is None:
             return state, frontend, best
         trees, saved = restored
+        if not saved["step"]:  # stopped before the first evaluation: there is no best student yet
+            return trees["state"], trees.get("frontend", frontend), best
         try:
+            best = {"step": None, "ccc": None}
             about = checkpoint.load_student(self.workdir / "student")[2]
             best = {"step": about["step"], "ccc": about.get("validation_ccc")}
         except W2SError as error:

@@ -31,8 +31,8 @@ class State(struct.PyTreeNode):
 
 
 def initial_state(variables: dict, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step, from a student's collections ``params`` and ``batch_stats``."""
-    params, batch_stats = variables["params"], variables["batch_stats"]
+    """The state before the first step, from a student's collections ``params`` and, where it has them, ``batch_stats``."""
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return State(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -62,7 +62,7 @@ def train_step(
         state: before the step.
         batch: waveforms float32 [B, T] and standardised labels float32 [B, D]; with ``axis_name``, this device's part of the
             global batch.
-        student, frontend: the module, built with the same ``axis_name``, and its fixed collection.
+        student, frontend: the module, built with the same ``axis_name``, and its constants.
         optimizer: an optax transformation.
         l2: weight of the squared error.
         ema: decay of the averaged weights.
@@ -120,7 +120,7 @@ def forward(student: nn.Module, variables: dict, waves: Array, accumulate: int =
 
     def apply(part: Array):
         prediction, updated = student.apply(variables, part, train=True, mutable=["batch_stats"])
-        return prediction, updated["batch_stats"]
+        return prediction, updated.get("batch_stats", {})
 
     if accumulate == 1:
         return apply(waves)
