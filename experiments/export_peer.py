@@ -1,4 +1,4 @@
-"""The yardstick for exports: Wav2Small in PyTorch with the weights of a trained student, as torch.onnx exports it.
+"""The reference model for exports: Wav2Small in PyTorch with the weights of a trained student, as torch.onnx exports it.
 
 The PyTorch network is somebody else's file with a class ``Wav2Small`` (front end ``logmel``, blocks ``vgg``, Dense ``lin``,
 ``sof``, ``adv``); this copies a student's weights into it, checks that both say the same, and exports it for 5 s of audio:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -343,16 +344,30 @@ def test_debug_shows_the_traceback(monkeypatch):
         ("jax", "export", "export {tmp} --out {tmp}/out"),
         ("jax", "export", "bench wav2small --out {tmp}/out"),
         ("tf2onnx", "all", "quickstart --workdir {tmp}/out"),
+        ("flax", "train,teacher", "teacher check wavlm"),
     ],
 )
 def test_a_missing_extra_names_the_pip_command(tmp_path, module, extra, command):
     arguments = ["w2s", *shlex.split(command.format(tmp=tmp_path))]
     code = f"import sys; sys.modules[{module!r}], sys.argv = None, {arguments}; from w2s_jax.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    (line,) = done.stderr.splitlines()
+    *before, line = done.stderr.splitlines()
+    assert before in ([], ["loading teacher wavlm"])
     assert done.returncode == 2 and not (tmp_path / "out").exists()
     assert line.startswith(f"w2s: error: {module} is not installed; this command needs it: ")
     assert "pip install -c " in line and line.endswith(f"[{extra}]'")  # tests run from a clone
+
+
+def test_a_file_in_the_place_of_a_directory_is_refused_first(w2s, bank, views, toy_teacher, tmp_path):
+    views.save(tmp_path / "views.parquet")
+    (tmp_path / "file").touch()
+    for command in (
+        f"label {bank.path} {tmp_path}/views.parquet --teacher acoustic --out",
+        f"bench --model {toy_teacher} --out",
+        "quickstart --workdir",
+    ):
+        code, _, err = w2s(*command.split(), f"{tmp_path}/file")
+        assert code == 2 and f"{tmp_path}/file is a file; expected a directory for" in err, command
 
 
 def test_what_needs_the_base_install_alone(tmp_path):
@@ -416,6 +431,19 @@ def test_the_help_has_the_commands_in_the_order_of_the_chain(w2s):
     chain = ("quickstart", "bank", "views", "teacher", "label", "train", "eval", "export", "predict", "bench")
     places = [out.index(f"│ {name} ") for name in chain]
     assert places == sorted(places)
+
+
+def test_the_help_names_everything_that_can_be_chosen(w2s):
+    from w2s_jax import config, kinds, models, teachers
+
+    def words(command):
+        return set(re.findall(r"[\w.:-]+", w2s(*command.split(), "--help")[1]))
+
+    settings = set(config.default("wav2small")) - {"student", "fields"}
+    assert settings | set(models.STUDENTS) <= {word.strip(".") for word in words("train")}
+    assert set(kinds.KINDS) <= words("export")
+    for command in ("label", "teacher check"):
+        assert set(teachers.NAMES) <= words(command)
 
 
 def test_help_is_wrapped_only_where_the_terminal_ends(w2s, monkeypatch):

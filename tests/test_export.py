@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from w2s_jax import bench, checkpoint, config, labelling, models, teachers, train
+from w2s_jax import bench, checkpoint, config, kinds, labelling, models, teachers, train
 from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.kinds import FILES, INTEGER_KINDS
 from w2s_jax.labels import Labels
@@ -132,7 +132,9 @@ def test_report(exported):
             assert set(row["ccc"]) == {"arousal", "dominance", "valence"}
         assert row.get("calibration_waves") == (12 if kind in INTEGER_KINDS else None)
     assert report["kinds"]["chunked"]["max_difference"] <= 1e-4
-    assert {kind for kind, row in report["kinds"].items() if "difference_from_flax" in row} == {"fp32", "chunked"}
+    assert {kind for kind, row in report["kinds"].items() if "difference_from_flax" in row} == {
+        kind for kind in report["kinds"] if kinds.KINDS[kind].exact
+    }
     assert report["kinds"]["fp32"]["difference_from_flax"] == report["parity"]["max_difference"]
     assert report["kinds"]["fp16w"]["max_difference"] <= 0.01
     assert max(report["passes"].values()) <= graph.PASS_LIMIT

@@ -1,12 +1,12 @@
 """Speech emotion on tiny hardware: distil large teachers into Wav2Small with JAX, run it as a small ONNX.
 
-The package is a house of floors (see README): ``w2s_jax.runtime`` needs numpy and onnxruntime only, so nothing heavy is
-imported here.
+The package has layers, which pyproject.toml lists. The lowest import least: ``w2s_jax.runtime`` needs numpy and onnxruntime
+only, so nothing heavy is imported here.
 """
 
 __version__ = "0.1.0"
 
-#: What an emotion model puts out, in this order, everywhere.
+#: The outputs of an emotion model, in this order, everywhere.
 DIMENSIONS = ("arousal", "dominance", "valence")
 
 #: Every network here takes 16 kHz mono.

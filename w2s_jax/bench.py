@@ -35,7 +35,7 @@ PUBLISHED: dict[str, dict] = {
     "mobilenet_v4_s": {"parameters": 3_120_000, "peak_memory": 36e6, "milliseconds": 5, "ccc": {"valence": 0.42}},
     "mobilenet_v3_s": {"milliseconds": 11},
 }  # fmt: skip
-#: The columns of bench.csv; "ratio" only with a yardstick.
+#: The columns of bench.csv; "ratio" only with a reference model.
 COLUMNS = (
     "model", "kind", "engine", "parameters", "macs", "bytes", "peak_memory", "milliseconds", "p95_milliseconds",
     "real_time_factor", "ratio", "ccc", "ccc_of", "published_parameters", "published_macs", "published_bytes",
@@ -153,7 +153,9 @@ def bench(
         UsageError, W2SError: as in ``make``, ``measure`` and ``count``.
     """
     out, engines = Path(out), choose_engines(engines)
-    # a wrong yardstick is reported before minutes of exports
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; expected a directory for the tables")
+    # a wrong reference model is reported before minutes of exports
     rows = {} if against is None else {str(against): _describe(Path(against))}
     files = _find_models(models, rows, message)
     for name in dict.fromkeys(students):

@@ -331,7 +331,7 @@ def _differing_fields(there: nn.Module, here: nn.Module) -> list[str]:
 
 
 def _without_other_outputs(variables: dict, theirs: Sequence[str], ours: Sequence[str]) -> dict:
-    """The variables, without the output layer where it puts out something else."""
+    """The variables, without the output layer where its outputs are others."""
     if tuple(theirs) == tuple(ours):
         return variables
     return {**variables, "params": {key: value for key, value in variables["params"].items() if key != "adv"}}

@@ -121,7 +121,7 @@ def evaluate(
     views.check(bank)
     infer, dimensions, teacher = load(path)
     if labels is not None and labels.dimensions != dimensions:
-        raise MismatchError(f"the student puts out {', '.join(dimensions)}; the labels are {', '.join(labels.dimensions)}")
+        raise MismatchError(f"the student's outputs are {', '.join(dimensions)}; the labels are {', '.join(labels.dimensions)}")
     rated = [name for name in dimensions if name in DIMENSIONS and np.isfinite(bank.clips[name]).any()]
     if labels is None and not rated:
         raise UsageError("nothing to compare with: give --views and --labels, or a bank whose corpus has ratings")
@@ -203,7 +203,7 @@ def evaluate_teacher(
     """
     names = teacher.dimensions
     if not all(name in DIMENSIONS for name in names):
-        raise UsageError(f"teacher {teacher.name} puts out {', '.join(names)}; people rated {', '.join(DIMENSIONS)}")
+        raise UsageError(f"teacher {teacher.name} has the outputs {', '.join(names)}; people rated {', '.join(DIMENSIONS)}")
     ratings = np.stack([bank.clips[name] for name in names], axis=1).astype(np.float64)
     clips = np.flatnonzero(
         (bank.clips["split"] == split) & np.isfinite(ratings).all(axis=1) & (bank.clips["samples"] >= SHORTEST)

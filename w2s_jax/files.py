@@ -202,6 +202,7 @@ def read_json(path: str | os.PathLike, what: str) -> dict:
         W2SError: the file is not a JSON object.
     """
     path = Path(path)
+    mend(path.parent)
     try:
         value = json.loads(read_text(path, what))
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -16,7 +16,7 @@ import numpy as np
 from w2s_jax import __version__, labels
 from w2s_jax.bank import Bank
 from w2s_jax.devices import computing
-from w2s_jax.errors import MismatchError, W2SError
+from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.files import read_json, write_json
 from w2s_jax.locks import Shares
 from w2s_jax.render import render_on_host
@@ -56,6 +56,7 @@ def label(
         labels.json as a dict.
 
     Raises:
+        UsageError: ``out`` is a file.
         MismatchError: views and bank, or labels that are already there, do not belong together.
         W2SError: the teacher gave a value that is not finite (names the view), or its weights are not the published ones.
     """
@@ -63,6 +64,8 @@ def label(
     if doubt := attribute(teacher, "doubt"):
         raise W2SError(doubt)
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; expected a directory for the labels")
     about = {
         "format": "w2s-labels",
         "version": 1,

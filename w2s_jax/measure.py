@@ -70,8 +70,8 @@ def measure(
         threads: of the engine.
         memory: also measure the peak memory, in ``PROCESSES`` fresh processes each.
         progress: called with (steps done, steps in all).
-        against: a yardstick, a file like the others: measured with them in onnxruntime, under its label in ``files`` or, where
-            it is not one of them, its path.
+        against: a reference model, a file like the others: measured with them in onnxruntime, under its label in ``files`` or,
+            where it is not one of them, its path.
         engines: of ``ENGINES``.
         message: called with a line for each file that OpenVINO cannot run; it has no figures then.
 
@@ -80,7 +80,7 @@ def measure(
         ``p95_milliseconds``; ``real_time_factor`` (time / length of the audio); ``peak_memory`` in bytes above that of a
         process of the same engine that runs an empty model (None where it cannot be known: on Windows, and in LiteRT, for
         which there is no empty model whose interpreter, be it small or all of TensorFlow, could be subtracted); with a
-        yardstick, ``ratio``: the median over the rounds of (time / time of the yardstick in the same round).
+        reference model, ``ratio``: the median over the rounds of (time / time of the reference model in the same round).
 
     Raises:
         UsageError: no such file or engine, an engine that is not installed, another kind of network, 8-bit weights on a
@@ -91,8 +91,8 @@ def measure(
         raise UsageError(f"expected seconds > 0 and runs >= 1, got {seconds} and {runs}")
     wanted = {label_in(label, engine): (file, engine) for label, file in files.items() for engine in choose_engines(engines)}
     if against is not None:
-        yardstick = next((label for label, file in files.items() if same_file(file, against)), str(against))
-        wanted.setdefault(yardstick, (against, "onnxruntime"))
+        reference = next((label for label, file in files.items() if same_file(file, against)), str(against))
+        wanted.setdefault(reference, (against, "onnxruntime"))
     candidates = {}
     for label, (file, engine) in wanted.items():
         try:
@@ -124,7 +124,7 @@ def measure(
             "peak_memory": peaks.get(label),
         }
         if against is not None:
-            result[label]["ratio"] = round(float(np.median(np.divide(times[label], times[yardstick]))), 4)
+            result[label]["ratio"] = round(float(np.median(np.divide(times[label], times[reference]))), 4)
     return result
 
 
@@ -135,11 +135,11 @@ def measure_kinds(
 
     Args:
         files: kind → file.
-        against: a yardstick, as in ``measure``.
+        against: a reference model, as in ``measure``.
         message: called with a line of text.
 
     Returns:
-        kind → ``milliseconds``, ``peak_memory``, ``seconds``, ``machine``; with a yardstick ``ratio`` and ``against``.
+        kind → ``milliseconds``, ``peak_memory``, ``seconds``, ``machine``; with a reference model ``ratio`` and ``against``.
 
     Raises:
         UsageError, W2SError: as in ``measure``.

@@ -1,4 +1,4 @@
-"""The whole chain on generated speech, for a first look: every step is a call that the README shows as a command."""
+"""The whole pipeline on generated speech, for a first look: every step is a call that the README shows as a command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from w2s_jax import SAMPLING_RATE, config, corpora, export, labelling, speech, teachers, train, views
 from w2s_jax.bank import Bank
 from w2s_jax.bank import build as build_bank
-from w2s_jax.errors import MismatchError
+from w2s_jax.errors import MismatchError, UsageError
 from w2s_jax.evaluate import evaluate
 from w2s_jax.files import read_json, write_atomic
 from w2s_jax.install import program
@@ -45,10 +45,13 @@ def run(workdir: Path, out: Console | None = None, reporter: Callable | None = N
         The figures of the closing table.
 
     Raises:
+        UsageError: ``workdir`` is a file.
         MismatchError: the run that is there has another number of steps than the one asked for.
     """
     out, reporter = out or Console(quiet=True), reporter or _report_nothing
     began = time.perf_counter()
+    if workdir.exists() and not workdir.is_dir():
+        raise UsageError(f"{workdir} is a file; expected a directory for what the quickstart makes")
     steps = _choose_steps(workdir, steps, out)
     corpus, bank = _make_bank(workdir, out, reporter)
     drawn, taught, teacher = _label(workdir, bank, out, reporter)

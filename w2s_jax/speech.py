@@ -1,7 +1,7 @@
 """Generated speech for the quickstart and the tests: eSpeak NG out of the wheel ``espeakng-loader``, no system package.
 
 The voices sound like a machine and the sentences are neutral: the corpus has many voices, rates and pitches to run the whole
-chain on, but it does not represent human speech. The sentences were written for this package and have its licence.
+pipeline on, but it does not represent human speech. The sentences were written for this package and have its licence.
 """
 
 from __future__ import annotations

@@ -20,9 +20,7 @@ views_app = typer.Typer(name="views", help="Draw views: recipes for exact pieces
 
 @bank_app.command("build")
 def build_bank(
-    sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE...", help="Folders of audio, a CSV file, or a corpus's root.")
-    ],
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="Folders of audio, a CSV file, or a corpus's root.")],
     into: Annotated[Path, typer.Option("--out", help="The bank's directory.")],
     corpus: Annotated[
         Literal["folder", "csv", "msp-podcast", "iemocap"], typer.Option(help="What the sources are.")
@@ -100,7 +98,7 @@ def _read_sources(sources: list[Path], corpus: str, split_by: str, leaks: str) -
 
 @views_app.command("draw")
 def draw_views(
-    bank_path: Annotated[Path, typer.Argument(metavar="BANK")],
+    bank_path: Annotated[Path, typer.Argument(metavar="BANK", help="A directory that w2s bank build made.")],
     into: Annotated[Path, typer.Option("--out", help="The parquet file to write.")],
     per_clip: Annotated[int, typer.Option(min=1, help="Views of each training clip.")] = 4,
     eval_per_clip: Annotated[int, typer.Option(min=1, help="Views of each validation and test clip; clean and fixed.")] = 1,

@@ -59,11 +59,11 @@ def export(
     fp32       the student as it is; always written
     fp16w      weights of 16 bits, computes in float32
     int8w      weights of 8 bits, computes in float32: small and portable
-    int8       computes in 8 bits; Wav2Smalls with onnxruntime's own operators: small and fastest there
+    int8       computes in 8 bits; Wav2Small students with onnxruntime's own operators: small and fastest there
     qdq        computes in 8 bits with standard operators: for OpenVINO and others
     int8-int4  int8 with the pooling's weights in 4 bits: smallest; Wav2Small only
     litert     fp32 as TensorFlow Lite file; litert-int8 with weights of 8 bits
-    chunked    fp32 for recordings of any length, piece by piece; Wav2Smalls only
+    chunked    fp32 for recordings of any length, piece by piece; Wav2Small only
     all        all that this student can have
 
     fp32, litert and chunked are compared with Flax on lengths from 64 samples to 60 s, the others with fp32 on validation
@@ -125,7 +125,7 @@ def _tabulate_kinds(report: dict) -> Table:
 @app.command()
 def bench(
     students: Annotated[
-        list[str] | None, typer.Argument(metavar="[STUDENT...]", help="Made with random weights; default: all, if no --model.")
+        list[str] | None, typer.Argument(metavar="STUDENT", help="Made with random weights; default: all, if no --model.")
     ] = None,
     models: Annotated[
         list[Path] | None,
@@ -133,7 +133,7 @@ def bench(
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A yardstick: every row gets the ratio of its time to that of this .onnx file."),
+        typer.Option(metavar="FILE", help="A reference model (.onnx): every row gets the ratio of its time to that file's."),
     ] = None,
     engines: Annotated[
         list[str] | None,

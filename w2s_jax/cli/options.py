@@ -26,7 +26,9 @@ Split = Literal["train", "validation", "test"]
 Dimensions = Annotated[str | None, typer.Option("--dimensions", help="Names of an onnx: teacher's outputs, commas between.")]
 Output = Annotated[
     str | None,
-    typer.Option("--output", metavar="NAME", help="Of an onnx: teacher with several, the one to take.", show_default="logits"),
+    typer.Option(
+        "--output", metavar="NAME", help="Which output to use, if an onnx: teacher has several.", show_default="logits"
+    ),
 ]
 CheckpointDir = Annotated[
     Path | None,
@@ -47,7 +49,7 @@ Normalisation = Annotated[
     ),
 ]  # fmt: skip
 Revision = Annotated[
-    str | None, typer.Option("--revision", help="Of the checkpoint; named so, it need not give the published golden value.")
+    str | None, typer.Option("--revision", help="Of the checkpoint; named so, it need not give the published reference value.")
 ]
 
 # options of every command that can be one of several processes

@@ -33,7 +33,7 @@ LONGEST = 3600.0
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory or an .onnx file.")],
     sources: Annotated[
-        list[Path], typer.Argument(metavar="AUDIO|FOLDER|-...", help="Audio files, folders of them, - for a file on stdin.")
+        list[Path], typer.Argument(metavar="AUDIO|FOLDER|-", help="Audio files, folders of them, - for a file on stdin.")
     ],
     window: Annotated[
         float | None, typer.Option(help="Seconds in a window.", show_default="whole file; 10 beyond a minute")
@@ -65,7 +65,7 @@ def predict(
         files = _audio_files(sources, Path(temporary))
         if stand_in := predictor.metadata.get("stand_in") == "true":
             Reporter.message(
-                f"w2s: note: {model} learned from a stand-in for a teacher: its values show that the chain works, nothing else",
+                f"w2s: note: {model} learned from a stand-in for a teacher: its values show that all works, nothing else",
                 style="yellow",
             )
         writer, failures = _RowWriter(form, predictor.dimensions), 0

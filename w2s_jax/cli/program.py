@@ -1,4 +1,4 @@
-"""The program ``w2s``: its commands, and how one ends.
+"""The program ``w2s``: its commands and its exit codes.
 
 Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
@@ -25,18 +25,18 @@ from w2s_jax.cli.progress import one_line, print_error
 from w2s_jax.errors import W2SError, missing_extra
 from w2s_jax.install import extra_of
 
-#: The order of the commands in the help: that of the chain.
-CHAIN = ("quickstart", "bank", "views", "teacher", "label", "train", "eval", "export", "predict", "bench")
+#: The order of the commands in the help: that of the pipeline.
+ORDER = ("quickstart", "bank", "views", "teacher", "label", "train", "eval", "export", "predict", "bench")
 
 #: The base of all usage errors; typer has its own copy of click since some release and does not export this class.
 ClickError = typer.BadParameter.__base__.__base__
 
 
-class _Chain(TyperGroup):
-    """Lists its commands in the order of the chain."""
+class _Ordered(TyperGroup):
+    """Lists its commands in the order of the pipeline."""
 
     def list_commands(self, ctx) -> list[str]:
-        return sorted(super().list_commands(ctx), key=CHAIN.index)
+        return sorted(super().list_commands(ctx), key=ORDER.index)
 
 
 def _unwrap(text: str) -> str:
@@ -47,7 +47,7 @@ def _unwrap(text: str) -> str:
 
 app = typer.Typer(
     name="w2s",
-    cls=_Chain,
+    cls=_Ordered,
     help="Speech emotion on tiny hardware: distil a large teacher into a 72K-parameter network, run it anywhere.",
     add_completion=False,
     rich_markup_mode="rich",

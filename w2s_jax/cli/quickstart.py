@@ -22,7 +22,7 @@ def quickstart(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """The whole chain on generated speech: minutes on a laptop, no network, no system package."""
+    """The whole pipeline on generated speech: minutes on a laptop, no network, no system package."""
     # one message for all of it, not one after the other
     require("all", "jax", "librosa", "matplotlib", "pyarrow", "tensorflow", "tf2onnx", "espeakng_loader")
     from w2s_jax.quickstart import run

@@ -19,8 +19,8 @@ teacher_app = typer.Typer(name="teacher", help="Look at a teacher before it labe
 
 @app.command(cls=o.HugePages)
 def label(
-    bank_path: Annotated[Path, typer.Argument(metavar="BANK")],
-    views_path: Annotated[Path, typer.Argument(metavar="VIEWS")],
+    bank_path: Annotated[Path, typer.Argument(metavar="BANK", help="A directory that w2s bank build made.")],
+    views_path: Annotated[Path, typer.Argument(metavar="VIEWS", help="A table that w2s views draw made.")],
     teacher: Annotated[str, typer.Option(metavar="NAME", help="paper | wavlm | wav2vec2 | acoustic | dnsmos | onnx:FILE")],
     into: Annotated[Path, typer.Option("--out", help="The labels' directory.")],
     dimensions: o.Dimensions = None,

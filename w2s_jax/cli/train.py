@@ -20,12 +20,12 @@ def train(
     experiment: Annotated[
         str, typer.Argument(metavar="EXPERIMENT[:variant]", help="A Python file with get_config, or a student's name.")
     ],
-    bank_path: Annotated[Path, typer.Option("--bank")],
-    views_path: Annotated[Path, typer.Option("--views")],
-    labels_path: Annotated[Path, typer.Option("--labels")],
+    bank_path: Annotated[Path, typer.Option("--bank", help="A directory that w2s bank build made.")],
+    views_path: Annotated[Path, typer.Option("--views", help="The views that were labelled.")],
+    labels_path: Annotated[Path, typer.Option("--labels", help="A directory that w2s label made.")],
     workdir: Annotated[Path, typer.Option(help="Where the run lives; an interrupted run goes on.")],
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, of those above; repeatable.")
     ] = None,
     parallel: Annotated[
         Literal["jit", "pmap"] | None,
@@ -50,6 +50,12 @@ def train(
     keeps the number of steps that it has. Processes that
     are joined (--distributed, or --coordinator with --processes and --process) share WORKDIR; each reads only its part of the
     bank.
+
+    Students: wav2small, wav2small_17k, mobilenet_v3_s, mobilenet_v3_l, mobilenet_v4_s, mobilenet_v4_m, mobilenet_v4_l, cnn14.
+
+    Settings: steps, batch_size, learning_rate, warmup, weight_decay, clip_norm, l2, ema, crop, calibrate, seed,
+    accumulate, dtype, form, pretrained, eval_every, log_every, scan_steps, parallel, data_shards,
+    bank_placement, bank_gib, workers, and the student's own: fields.channels, fields.stride, … (see w2s_jax/config.py).
     """
     from w2s_jax import bank, config
     from w2s_jax import parallel as devices
@@ -90,12 +96,16 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    bank_path: Annotated[Path, typer.Option("--bank")],
+    bank_path: Annotated[Path, typer.Option("--bank", help="A directory that w2s bank build made.")],
     path: Annotated[
         Path | None, typer.Argument(metavar="RUN|MODEL", help="A run, a student, a model directory or an .onnx file.")
     ] = None,
-    views_path: Annotated[Path | None, typer.Option("--views", show_default="clean views drawn from the bank")] = None,
-    labels_path: Annotated[Path | None, typer.Option("--labels", show_default="people's ratings only")] = None,
+    views_path: Annotated[
+        Path | None, typer.Option("--views", help="What to evaluate on.", show_default="clean views drawn from the bank")
+    ] = None,
+    labels_path: Annotated[
+        Path | None, typer.Option("--labels", help="The teacher's, of these views.", show_default="human ratings only")
+    ] = None,
     split: Annotated[o.Split, typer.Option(help="Which part of the bank.")] = "test",
     into: Annotated[
         Path | None,
@@ -113,7 +123,7 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Clips in a batch on each device.", show_default="8")] = None,
     as_json: o.Json = False,
 ) -> None:
-    """CCC per dimension, with 95 % confidence intervals, against the teacher's labels and against people's ratings."""
+    """CCC per dimension, with 95 % confidence intervals, against the teacher's labels and against human ratings."""
     if (path is None) == (teacher is None):
         raise UsageError("eval needs either RUN|MODEL or --teacher NAME")
     options = (checkpoint_dir, dimensions, dtype, normalisation, revision, output)
@@ -149,7 +159,7 @@ def _evaluate_teacher(
         report = evaluation.evaluate_teacher(
             teacher, bank, split=split, batch_size=batch_size, out=into, progress=reporter.report
         )
-    _print_scores(report["human"], f"{name} against people's ratings, {split} split, {report['clips']} clips")
+    _print_scores(report["human"], f"{name} against human ratings, {split} split, {report['clips']} clips")
     if report["cut"]:
         out.print(f"{report['cut']} clips are longer than 30 s; only their first 30 s were used")
     if doubt := teachers.attribute(teacher, "doubt"):
@@ -171,7 +181,7 @@ def _evaluate_student(
     the_labels = Labels.read(labels_path, the_views) if labels_path else None
     directory = into or (path if path.is_dir() else path.parent)
     report = evaluation.evaluate(path, bank, the_views, the_labels, split=split, out=directory)
-    for judge, title in (("teacher", "its teacher"), ("human", "people's ratings")):
+    for judge, title in (("teacher", "its teacher"), ("human", "human ratings")):
         if report[judge]:
             _print_scores(report[judge], f"{path.name} against {title}, {split} split, {report['views']} views")
     return report, directory / f"eval_{split}"

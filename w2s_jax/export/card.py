@@ -131,7 +131,7 @@ def compose_card(name: str, facts: dict[str, str], config: dict, report: dict) -
         )
     if teacher["stand_in"]:
         warning = (
-            "\n> **Stand-in teacher.** The labels behind this model only imitate a real teacher. It shows that the chain "
+            "\n> **Stand-in teacher.** The labels behind this model only imitate a real teacher. It shows that the pipeline "
             "works; its values mean nothing else.\n"
         )
     # strings that a teacher brings are shown as they are, whatever they would mean in Markdown, HTML or Python

@@ -92,7 +92,7 @@ def export_student(
         raise UsageError(f"{out} exists and is not a model directory (it has no {REPORT}); choose another place")
     _check_replaceable(out)
     if against is not None:
-        make_feeds(*open_session(against), 1.0)  # a wrong yardstick is reported before minutes of conversion
+        make_feeds(*open_session(against), 1.0)  # a wrong reference model is reported before minutes of conversion
     student, variables, config = checkpoint.load_student(run_or_student_dir)
     source = checkpoint.find_student(run_or_student_dir)
     calibration, check = _split_waves(calibration, check, student.minimum_samples)

@@ -174,7 +174,9 @@ class Predictor:
         }
         text = "\n".join(f"{name:<11} {value}" for name, value in lines.items())
         if about.get("stand_in") == "true":
-            text += "\nSTAND-IN    the teacher only imitates a real one; these values show that the chain works, nothing else"
+            text += (
+                "\nSTAND-IN    the teacher only imitates a real one; these values show that the pipeline works, nothing else"
+            )
         second = f', kind="{kind}"' if self.path.name == FILES.get(kind) and kind != "fp32" else ""
         place = self.path.parent if self.path.name in FILES.values() else self.path
         return f'{text}\n\npredictor = Predictor("{place}"{second})\npredictor(wave, sampling_rate)  # wave: float [T]'

@@ -12,6 +12,7 @@ import numpy as np
 
 from w2s_jax import SAMPLING_RATE, metrics
 from w2s_jax.errors import UsageError, missing_extra
+from w2s_jax.install import extra_of
 
 #: Names that ``load`` accepts, with a line for --help.
 NAMES = {
@@ -132,10 +133,12 @@ def load(
     try:
         from w2s_jax.teachers import ensemble, wav2vec2, wavlm
     except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("transformers"):
+        module = (error.name or "").partition(".")[0]
+        if module == "transformers":  # or transformers 5 is there, which has no Flax models any more
+            raise missing_extra("transformers 4.57 (the last with Flax models)", "teacher") from error
+        if extra_of(module) is None:
             raise
-        # transformers 5 is there, but has no Flax models any more
-        raise missing_extra("transformers 4.57 (the last with Flax models)", "teacher") from error
+        raise missing_extra(module, "train,teacher") from error
     common = {"dtype": dtype or "float32", "revision": revision}
     if name == "wav2vec2":
         return wav2vec2.load(checkpoint_dir, **common)

@@ -41,7 +41,7 @@ _SMOOTHING = np.hanning(9)[1:-1] / np.hanning(9).sum()  # 70 ms: keeps the sylla
 class AcousticTeacher:
     """A/D/V by a rule from pitch, pitch range, spectral balance and rate. It is a stand-in and NOT an emotion model.
 
-    The rule exists so that the whole chain can be run and tested without downloads. Its directions loosely follow what the
+    The rule exists so that the whole pipeline can be run and tested without downloads. Its directions loosely follow what the
     literature reports, its constants are ours and fitted to no emotional speech. Per utterance, over frames of 48 ms every
     10 ms, each frame weighted by its energy to the power 0.3:
 
