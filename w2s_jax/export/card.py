@@ -146,7 +146,7 @@ def compose_card(name: str, facts: dict[str, str], config: dict, report: dict) -
             "refuses them there."
         )
     level = ""
-    if facts["normalises"] == "true":
+    if facts.get("normalises") == "true":
         level = (
             " The network normalises each recording, so its level does not matter, unless it is close\n"
             "to silence (root mean square below about 0.005)."
