@@ -55,7 +55,7 @@ plt.rcParams |= {"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right"
 # %% [markdown]
 # ## The model says what it is
 #
-# Print a model before you trust it: who taught it, under which licence, and what it wants to hear.
+# Print a model before you trust it: who taught it, under which licence, and what input it expects.
 
 # %%
 predictor = Predictor(QUICKSTART / "model")
@@ -65,7 +65,7 @@ print(predictor)
 # ## A whole file
 #
 # `audio.load` reads whatever libsndfile reads (WAV, FLAC, Ogg, MP3, …), mixes it down to mono and resamples it to 16
-# kHz. The predictor maps the samples to one value per dimension. The voice `en+f2` was never heard in training.
+# kHz. The predictor maps the samples to one value per dimension. The voice `en+f2` does not occur in the training data.
 
 # %%
 files = sorted((QUICKSTART / "speech" / "audio" / "en+f2").glob("*.wav"))[:4]

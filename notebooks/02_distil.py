@@ -15,7 +15,7 @@
 # # Distil: make a student of your own
 #
 # Distillation needs no human labels. A **teacher**, a large network, listens to audio and writes down what it would
-# answer; a **student**, here Wav2Small with 72,659 parameters, learns to give the same answers. The chain of this
+# answer; a **student**, here Wav2Small with 72,659 parameters, learns to give the same answers. The pipeline of this
 # package:
 #
 # ```
@@ -57,7 +57,7 @@ plt.rcParams |= {"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right"
 # ## 1. Audio into a bank
 #
 # A **bank** is a corpus, decoded once: 16 kHz, mono, int16, memory-mapped. `speech.make_corpus` speaks sentences in
-# seven languages with eSpeak NG. The splits share no voice: validation and test voices are never heard in training, so
+# seven languages with eSpeak NG. The splits share no voice: validation and test voices do not occur in training, so
 # the score at the end is one for new speakers.
 
 # %%
@@ -73,7 +73,7 @@ for split in corpora.SPLITS:
 # ## 2. Views
 #
 # A **view** is a recipe for an exact piece of audio: which clip, from where, how long, how loud. Teacher and student
-# hear the *same* samples, so a label never belongs to something that the student did not hear. Training views are
+# see the *same* samples, so a label never belongs to something that the student did not see. Training views are
 # random pieces; validation and test views are fixed, evenly spaced and clean.
 
 # %%
@@ -100,7 +100,7 @@ plt.show()
 # %% [markdown]
 # ## 3. Labels
 #
-# The teacher hears every view once. Its answers are kept with where they come from: the teacher's name, fingerprint and
+# The teacher labels every view once. Its answers are kept with where they come from: the teacher's name, fingerprint and
 # licence travel from here to the exported model.
 
 # %%
@@ -144,12 +144,12 @@ print("validation CCC:", {name: round(score, 3) for name, score in summary["vali
 
 # %%
 lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
-heard, checked = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
+seen, checked = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-left.plot([line["step"] for line in heard], [line["loss"] for line in heard], color="0.3")
+left.plot([line["step"] for line in seen], [line["loss"] for line in seen], color="0.3")
 left.set(title="training: 1 − CCC, plus a little squared error", xlabel="step", ylabel="loss", ylim=(0, None))
 for name, colour in COLOURS.items():
-    right.plot([line["step"] for line in heard], [line[f"ccc/{name}"] for line in heard], color=colour, alpha=0.3, linewidth=1)
+    right.plot([line["step"] for line in seen], [line[f"ccc/{name}"] for line in seen], color=colour, alpha=0.3, linewidth=1)
     steps, scores = [line["step"] for line in checked], [line[f"ccc/{name}"] for line in checked]
     right.plot(steps, scores, "o-", color=colour, label=name)
 right.set(title="CCC: dots validation, thin training batches", xlabel="step", ylabel="CCC", ylim=(None, 1))
@@ -237,7 +237,7 @@ temporary.cleanup()
 # |---|---|
 # | `speech.make_corpus` | your audio: `corpora.read("folder", "my_audio/")`, or `"csv"`, `"msp-podcast"`, `"iemocap"` |
 # | `teachers.load("acoustic")` | `"wavlm"` (MIT), `"paper"` (CC BY-NC-SA 4.0: not for products), `"onnx:teacher.onnx"` |
-# | 174 clips, views of 1 s, `mix=0.0` | hours of varied speech; `seconds=(2.0, 5.0)`, `mix=0.5`: mixtures, labelled as heard |
+# | 174 clips, views of 1 s, `mix=0.0` | hours of varied speech; `seconds=(2.0, 5.0)`, `mix=0.5`: mixtures, labelled as mixed |
 # | 50 steps | `config.load("wav2small")`: 2000 steps; more for more audio |
 #
 # Before labelling for hours, `w2s teacher check wavlm` downloads the teacher and says what it costs on your machine. A

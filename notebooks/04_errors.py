@@ -68,7 +68,7 @@ clips = the_views.columns["clip"][rows]
 voices = the_bank.clips["speaker"][clips]
 error = student - taught
 low, high = metrics.bootstrap_ccc(student, taught, groups=clips)
-print(f"{len(rows)} test views of {len(set(clips))} clips and {len(set(voices))} voices, none of them heard in training")
+print(f"{len(rows)} test views of {len(set(clips))} clips and {len(set(voices))} voices, none of them in the training data")
 for at, name in enumerate(dimensions):
     score = metrics.ccc(student, taught)[at]
     print(f"{name:<10} CCC {score:.3f} [{low[at]:.3f}, {high[at]:.3f}]  mean error {error[:, at].mean():+.3f}  ", end="")
@@ -211,8 +211,8 @@ plt.show()
 # answer in hand.
 
 # %%
-heard = the_views.where("train")[::8]
-for split, chosen in (("train", heard), ("validation", the_views.where("validation")), ("test", rows)):
+trained = the_views.where("train")[::8]
+for split, chosen in (("train", trained), ("validation", the_views.where("validation")), ("test", rows)):
     y, t = evaluate.predict_views(infer, the_bank, the_views, chosen), the_labels.values[chosen]
     print(f"{split:<11}spread ratio", dict(zip(dimensions, (y.std(axis=0) / t.std(axis=0)).round(2).tolist(), strict=True)))
 
@@ -237,8 +237,8 @@ for what, values in (("shrunk to 60 %", timid[1]), ("and calibrated", timid[1] *
 # %% [markdown]
 # ## 3. Robustness
 #
-# What happens to the answer when the recording gets worse, while what is said stays the same? The student hears changed
-# audio and is compared with the teacher's label of the **clean** audio. Because the teacher here is cheap, it hears the
+# What happens to the answer when the recording gets worse, while what is said stays the same? The student gets changed
+# audio and is compared with the teacher's label of the **clean** audio. Because the teacher here is cheap, it labels the
 # changed audio too (dashed): where even the teacher leaves its own clean label, a student that learned from clean
 # speech cannot be expected to stay.
 
@@ -285,13 +285,13 @@ def band(waves, low, high):
 
 
 ratios = [80, 70, 60, 50, 40, 30, 20, 10, 0]
-heard = [(by_student(changed), teacher(changed)) for changed in (noisy(waves, ratio) for ratio in ratios)]
+noised = [(by_student(changed), teacher(changed)) for changed in (noisy(waves, ratio) for ratio in ratios)]
 seconds = [0.25, 0.5, 1.0, 1.5, 2.0]
 cut = [(by_student(part), teacher(part)) for part in (waves[:, : round(s * 16000)] for s in seconds)]
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
 for at, (name, colour) in enumerate(COLOURS.items()):
-    for axis, x, pairs in ((left, ratios, heard), (right, seconds, cut)):
+    for axis, x, pairs in ((left, ratios, noised), (right, seconds, cut)):
         axis.plot(x, [metrics.ccc(y[:, at], clean[:, at])[0] for y, _ in pairs], "o-", color=colour, label=name)
         axis.plot(x, [metrics.ccc(t[:, at], clean[:, at])[0] for _, t in pairs], "--", color=colour, linewidth=1)
 left.set(title="white noise", xlabel="signal-to-noise ratio in dB", ylabel="CCC with the clean label")
@@ -305,7 +305,7 @@ plt.show()
 # %% [markdown]
 # **What to look at.** Where does a curve leave its plateau? That is the noise that the application may have. The
 # student leaves it long before its teacher: synthetic speech has perfect digital silence between the words, nothing
-# else was heard in training, and noise that no ear would notice fills those gaps in the log-mel image. Real recordings
+# else occurred in training, and noise that no ear would notice fills those gaps in the log-mel image. Real recordings
 # in training, and mixtures (`w2s views draw --mix 0.5`), are the remedy. At 10 dB the teacher goes too: the rule
 # *measures* spectral balance, and white noise changes exactly that.
 #
@@ -343,7 +343,7 @@ plt.show()
 # **What to look at.** Short black lines: the teacher on the same changed audio. A bar far below its line is the
 # student's own weakness, and training on such audio can mend it. A line that is low itself is a limit of the teacher.
 # For telephone speech, train on telephone speech: band-limit the corpus before `w2s bank build`, and let the teacher
-# hear what the student will hear.
+# listen to what the student will get.
 #
 # ## 4. int8 against fp32
 #
@@ -378,4 +378,4 @@ plt.show()
 # %% [markdown]
 # **What to look at.** The outlined histogram (rounding) should be much narrower than the grey one (the student's
 # error). Then the smaller, faster file costs nothing that can be measured. If it does not, give the export more
-# calibration audio, of the kind that the model will hear.
+# calibration audio, of the kind that the model will get.
