@@ -1,0 +1,347 @@
+"""A student as C99: one header and one file of code and weights, for anything that has a C compiler.
+
+The hand-written parts lie beside this file: ``basics.c`` (vectors, products of matrices), ``float.c`` or ``int8.c`` (convolutions
+and the product behind them) and ``engine.c`` (front end, order of the layers, pooling, streams). What is written here are their
+sizes, as macros, and the weights, in the order in which they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from w2s_jax import NORM_EPSILON, SAMPLING_RATE, __version__
+from w2s_jax.errors import UsageError
+from w2s_jax.export.plan import merge
+from w2s_jax.models.plan import (
+    AttentionPooling,
+    Convolution,
+    Dense,
+    Gram,
+    Log,
+    MaxPool,
+    Mel,
+    MomentPooling,
+    Normalise,
+    Plan,
+    Spectrum,
+    Tokens,
+)
+
+PLACE = Path(__file__).parent
+#: Columns of a matrix that lie together; PANEL in basics.c.
+PANEL = 16
+#: Columns that a convolution writes at once, tokens that are multiplied at once in a whole recording, and tokens of a block.
+GROUP, BATCH, BLOCK = 4, 12, 252
+#: numpy's type → C's.
+C_TYPES = {"f4": "float", "i1": "int8_t", "i4": "int32_t"}
+#: Winograd's F(4, 3) of a kernel [3] over time (Lavin and Gray, arXiv 1509.09308).
+WINOGRAD = np.array(
+    [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A plan of the Wav2Small family, taken apart."""
+
+    normalise: Normalise
+    spectrum: Spectrum
+    mel: Mel
+    log: Log
+    before: list[Convolution]
+    after: list[Convolution]
+    mix: Convolution | None
+    pooling: AttentionPooling | MomentPooling
+    gram: bool
+    output: Dense
+
+
+def take_apart(plan: Plan) -> Network:
+    """The layers of a plan of the Wav2Small family.
+
+    Args:
+        plan: as ``plan.fold`` gives it.
+
+    Raises:
+        UsageError: another network; names what C has no code for.
+    """
+    match plan.layers[:4]:
+        case [Normalise() as normalise, Spectrum(imag=np.ndarray()) as spectrum, Mel() as mel, Log() as log]:
+            rest = list(merge(plan).layers[4:])
+        case _:
+            raise UsageError("C has no code for a front end that is not a log-mel spectrum of the normalised waveform")
+    trunk: list[list[Convolution]] = [[]]
+    while rest and (isinstance(rest[0], MaxPool) or isinstance(rest[0], Convolution) and rest[0].activation == "relu"):
+        layer = rest.pop(0)
+        if isinstance(layer, MaxPool):
+            trunk.append([])
+        else:
+            trunk[-1].append(layer)
+    mix = rest.pop(0) if rest and isinstance(rest[0], Convolution) and rest[0].activation is None else None
+    match rest:
+        case [Tokens(), AttentionPooling(bias=None) as pooling, Dense(activation=None) as output] if mix is None:
+            gram = False
+        case [Tokens(), MomentPooling() as pooling, Dense(activation=None) as output] if mix is not None:
+            gram = False
+        case [AttentionPooling() as pooling, Gram(), Dense(activation=None) as output] if mix is None:
+            gram = True
+        case _:
+            names = ", ".join(type(layer).__name__ for layer in rest[:4])
+            raise UsageError(f"C has no code for a network that goes on with {names} behind its convolutions")
+    if len(trunk) != 2 or not trunk[0]:
+        raise UsageError(f"C has code for convolutions with one max pool among them, got {len(trunk) - 1} max pools")
+    first, *others = trunk[0] + trunk[1]
+    channels, _, *sizes = first.kernel.shape
+    if first.kernel.shape[1] != 1 or any(layer.kernel.shape != (channels, channels, *sizes) or layer.stride > 1 for layer in others):
+        raise UsageError("C has code for convolutions with as many channels each, of one size, of which the first may have a stride")
+    return Network(normalise, spectrum, mel, log, *trunk, mix, pooling, gram, output)
+
+
+def generate(plan: Plan, facts: Mapping[str, str]) -> dict[str, bytes]:
+    """The files of the kind "c".
+
+    Args:
+        plan: as ``plan.fold`` gives it.
+        facts: what the file says of itself.
+
+    Returns:
+        name → content.
+
+    Raises:
+        UsageError: C has no code for this network; says for what of it.
+    """
+    network = take_apart(plan)
+    arrays = {name: value.astype(np.float32) for name, value in (_front_end(network) | _floats(network)).items()}
+    return _compose(plan, network, arrays, facts, "float")
+
+
+def _sizes(network: Network) -> dict[str, int]:
+    """The sizes of a network: macros of the C code."""
+    n_fft, bins = network.spectrum.real.shape
+    bands, hop = network.mel.matrix.shape[1], network.spectrum.hop
+    channels, _, kernel, _ = network.before[0].kernel.shape
+    stride, reach = network.before[0].stride, kernel // 2
+    mels = -(-bands // stride)
+    mels_after = (mels + 1) // 2
+    lag_of_image = -(-(reach + 1) // stride) - 1
+    lag_of_pool = -(-(lag_of_image + (len(network.before) - 1) * reach) // 2)
+    attention = isinstance(network.pooling, AttentionPooling)
+    places = mels_after if network.gram or not attention else 1
+    frames = 2 * GROUP * stride
+    first_sine, sines = _find_sines(network.spectrum)
+    return {
+        "W2S_FFT": n_fft,
+        "W2S_HOP": hop,
+        "W2S_KERNEL": kernel,
+        "W2S_TAPS": kernel,
+        "W2S_ATTENTION": int(attention),
+        "W2S_GRAM": int(network.gram),
+        "W2S_DEVIATION": int(not attention and network.pooling.deviation),
+        "BINS": bins,
+        "FIRST_SINE": first_sine,
+        "PARTS_OF_SPECTRUM": bins + sines,
+        "BANDS": bands,
+        "STRIDE": stride,
+        "CHANNELS": channels,
+        "MELS": mels,
+        "MELS_AFTER": mels_after,
+        "BEFORE": len(network.before),
+        "AFTER": len(network.after),
+        "REACH": reach,
+        "MARGIN": max(1, reach),
+        "GROUP": GROUP,
+        "FRAMES": frames,
+        "SAMPLES": frames * hop + max(0, n_fft - hop),
+        "LAG_OF_IMAGE": lag_of_image,
+        "KEPT_OF_IMAGE": stride * lag_of_image + reach,
+        "LAG_OF_POOL": lag_of_pool,
+        "LAG": lag_of_pool + len(network.after) * reach,
+        "TOKEN": mels_after * channels,
+        "PLACES": places,
+        "DEPTH": mels_after * channels // places,
+        "FEATURES": network.pooling.value.shape[1] if attention else channels,
+        "PARTS": 2 if attention else 1,
+        "OUTPUT_DEPTH": len(network.output.kernel),
+        "TOKENS_OF_BLOCK": BLOCK,
+    }
+
+
+def _find_sines(spectrum: Spectrum) -> tuple[int, int]:
+    """The first bin whose imaginary part is not always zero, and how many bins there are to the last such one."""
+    used = np.flatnonzero(np.abs(spectrum.imag).max(axis=0) > 1e-9)
+    return (int(used[0]), int(used[-1] - used[0] + 1)) if len(used) else (0, 0)
+
+
+def panels(matrix: np.ndarray) -> np.ndarray:
+    """A matrix [taps, depth, columns] as ``multiply`` in basics.c reads it: [panel, taps, depth, PANEL], zeros behind columns."""
+    taps, depth, columns = matrix.shape
+    filled = np.pad(matrix, ((0, 0), (0, 0), (0, -columns % PANEL)))
+    return filled.reshape(taps, depth, -1, PANEL).transpose(2, 0, 1, 3).ravel()
+
+
+def _front_end(network: Network) -> dict[str, np.ndarray]:
+    """The arrays that all kinds have in float32, and the output layer."""
+    sizes, spectrum = _sizes(network), network.spectrum
+    sines = slice(sizes["FIRST_SINE"], sizes["FIRST_SINE"] + sizes["PARTS_OF_SPECTRUM"] - sizes["BINS"])
+    fourier = np.concatenate([spectrum.real, spectrum.imag[:, sines]], axis=1)
+    kernel, bias = network.output.kernel, network.output.bias
+    features, places, channels, mels = (sizes[name] for name in ("FEATURES", "PLACES", "CHANNELS", "MELS_AFTER"))
+    arrays = {"fourier": panels(fourier[None]), "mel_bands": panels(network.mel.matrix[None])}
+    if network.gram:  # [feature, mels + features] flattened → [mel, feature], then [feature, feature]
+        rows = kernel.reshape(features, mels + features, -1)
+        kernel = np.concatenate(
+            [rows[:, :mels].transpose(1, 0, 2).reshape(mels * features, -1), rows[:, mels:].reshape(features**2, -1)]
+        )
+        bias_of_pooling = network.pooling.bias
+        arrays["pooled_bias"] = np.zeros(features) if bias_of_pooling is None else bias_of_pooling
+    elif network.mix is not None:  # moments of [channel, mel] → [mel, channel]; the mean has the bias that the values lack
+        rows = kernel.reshape(-1, channels, mels, kernel.shape[1])
+        bias = bias + np.einsum("c,cmo->o", network.mix.bias, rows[0])
+        kernel = rows.transpose(0, 2, 1, 3).reshape(len(kernel), -1)
+    return arrays | {"output_kernel": kernel.T, "output_bias": bias}
+
+
+def _floats(network: Network) -> dict[str, np.ndarray]:
+    """The arrays of the convolutions and of the product behind them."""
+    first, *others = network.before + network.after
+    channels = len(first.bias)
+    # [out, in, mel, time] → [time, mel · in, out]
+    kernels = [layer.kernel.transpose(3, 2, 1, 0) for layer in others]
+    if first.kernel.shape[2] == 3:
+        kernels = [np.einsum("kt,tmio->kmio", WINOGRAD, kernel) for kernel in kernels]
+        kernels = [
+            np.stack([panels(part.reshape(1, -1, channels)) for part in kernel]) for kernel in kernels
+        ]  # fmt: skip
+    else:
+        kernels = [panels(kernel.reshape(len(kernel), -1, channels)) for kernel in kernels]
+    fill = -channels % PANEL
+    return {
+        "first_kernel": panels(first.kernel[:, 0].transpose(2, 1, 0)),
+        "first_bias": np.pad(first.bias, (0, fill)),
+        "kernels": np.stack([kernel.ravel() for kernel in kernels]) if others else np.zeros((1, PANEL)),
+        "biases": np.pad(np.stack([layer.bias for layer in others]), ((0, 0), (0, fill))) if others else np.zeros((1, PANEL)),
+        "head_kernel": panels(_head(network)[None]),
+    }
+
+
+def _head(network: Network) -> np.ndarray:
+    """What tokens are multiplied by, [DEPTH, PARTS · FILLED(FEATURES)]: scores, then values."""
+    pooling, sizes = network.pooling, _sizes(network)
+    if isinstance(pooling, MomentPooling):
+        parts = [network.mix.kernel[:, :, 0, 0].T]
+    else:
+        parts = [pooling.score, pooling.value]
+        if not network.gram:  # tokens are ordered (channel, mel), and here (mel, channel)
+            order = np.arange(sizes["TOKEN"]).reshape(sizes["CHANNELS"], -1).T.ravel()
+            parts = [part[order] for part in parts]
+    fill = -sizes["FEATURES"] % PANEL
+    return np.concatenate([np.pad(part, ((0, 0), (0, fill))) for part in parts], axis=1)
+
+
+def _bytes(sizes: Mapping[str, int], cell: int) -> dict[str, str]:
+    """Bytes of the structures of engine.c, whose ``CHECK`` compares them with what the compiler makes of it."""
+    filled = {name: -(-sizes[name] // PANEL) * PANEL for name in ("PARTS_OF_SPECTRUM", "BANDS", "CHANNELS", "FEATURES")}
+    wide, margins, channels = filled["CHANNELS"], 2 * sizes["MARGIN"], sizes["CHANNELS"]
+    frames, places, reach, mels = (sizes[name] for name in ("FRAMES", "PLACES", "REACH", "MELS"))
+    column, column_after = ((sizes[name] + margins) * channels for name in ("MELS", "MELS_AFTER"))
+    image = sizes["BANDS"] + margins
+    products = 6 if cell == 4 and sizes["W2S_KERNEL"] == 3 else GROUP
+    trunk = 4 * products * mels * wide
+    if cell == 4:
+        trunk += 4 * column
+    else:
+        column, column_after, image = (-(-size // 4) * 4 + 4 for size in (column, column_after, image))
+    kept = max(sizes["KEPT_OF_IMAGE"], 1) * image + max((sizes["BEFORE"] - 1) * 2 * reach * column, 1)
+    kept += max(sizes["AFTER"] * 2 * reach * column_after, 1) + sizes["MELS_AFTER"] * wide
+    token = places * sizes["PARTS"] * filled["FEATURES"]
+    front = frames * (sizes["W2S_FFT"] + filled["PARTS_OF_SPECTRUM"] + sizes["BINS"] + filled["BANDS"])
+    images = frames * image + GROUP * (column + column_after + 2 * PANEL + sizes["TOKEN"])
+    pooled = places * filled["FEATURES"]
+    pipeline = _words(8 + 4 * sizes["SAMPLES"] + cell * kept)
+    work = _words(8 * frames + max(4 * front, trunk, 4 * GROUP * token) + cell * images)
+    sums, block = (12 * pooled, 8 * pooled) if sizes["W2S_ATTENTION"] else (4 + 8 * pooled,) * 2
+    return {
+        "predict_bytes": f"({pipeline + work + 2 * sums + block + _words(cell * GROUP * sizes['TOKEN'])} + W2S_BATCH * "
+        f"{4 * token + cell * sizes['TOKEN']})",
+    }
+
+
+def _words(size: int) -> int:
+    """The next multiple of 4."""
+    return -(-size // 4) * 4
+
+
+def _text(value: str) -> str:
+    """A C string literal."""
+    body = "".join(chr(byte) if 32 <= byte < 127 and chr(byte) not in '"\\?' else f"\\{byte:03o}" for byte in value.encode())
+    return f'"{body}"'
+
+
+def _array(name: str, value: np.ndarray, kind: str) -> str:
+    """A C array: float32 in their shortest exact form, whole numbers as they are."""
+    flat = value.reshape(-1) if value.ndim == 1 else value.reshape(len(value), -1)
+    rows = [flat] if flat.ndim == 1 else flat
+    form = (lambda number: f"{number!s}f") if kind == "float" else str
+    lines = []
+    for row in rows:
+        texts = [form(number) for number in row]
+        body = ",\n".join(", ".join(texts[at : at + 12]) for at in range(0, len(texts), 12))
+        lines.append(body if flat.ndim == 1 else f"{{{body}}}")
+    shape = "".join(f"[{size}]" for size in flat.shape)
+    return f"static const {kind} {name}{shape} = {{\n" + ",\n".join(lines) + "};\n"
+
+
+def _compose(
+    plan: Plan, network: Network, arrays: Mapping[str, np.ndarray], facts: Mapping[str, str], part: str
+) -> dict[str, bytes]:
+    """The files, from the arrays and the sizes; ``part`` is the hand-written part for numbers of their kind."""
+    sizes = _sizes(network)
+    codes = [(PLACE / f"{name}.c").read_text("utf-8") for name in ("basics", part, "engine")]
+    weights = "\n".join(_array(name, value, C_TYPES[value.dtype.str[1:]]) for name, value in arrays.items())
+    macros = "\n".join(f"#define {name} {value}" for name, value in sizes.items())
+    macros += f"\n#define FLOOR {np.float32(network.log.floor)!s}f\n#define NORM_EPSILON {np.float32(network.normalise.epsilon)!s}f"
+    if sizes["W2S_DEVIATION"]:
+        macros += f"\n#define DEVIATION_EPSILON {np.float32(network.pooling.epsilon)!s}f"
+    names = facts["dimensions"].split(",")
+    texts = f"const char *const w2s_dimensions[W2S_DIMENSIONS] = {{{', '.join(map(_text, names))}}};\n"
+    texts += f"const char *const w2s_metadata =\n    {_text(json.dumps(dict(facts), ensure_ascii=False))};\n"
+    body = "\n".join([macros, "", texts, weights, *codes])
+    template = Template((PLACE / "model.h").read_text("utf-8"))
+    token = 2 * sizes["STRIDE"] * sizes["W2S_HOP"]
+    step = sizes["FRAMES"] * sizes["W2S_HOP"]
+    steps = -(-(sizes["LAG"] + 1) // GROUP)
+    overlap = sizes["SAMPLES"] - step
+    header = template.substitute(
+        title=_comment(f"{facts.get('student', 'a student')}: {SAMPLING_RATE} Hz mono speech in, {', '.join(names)} out."),
+        about=_comment(_describe(facts)),
+        version=_text(__version__),
+        fingerprint=hashlib.sha256((macros + weights + "".join(codes)).encode()).hexdigest()[:8],
+        rate=SAMPLING_RATE,
+        dimensions=len(names),
+        minimum=plan.minimum_samples,
+        token=token,
+        first=overlap + steps * step,
+        latency=overlap + step + sizes["LAG"] * token,
+        batch=BATCH,
+        **_bytes(sizes, 1 if part == "int8" else 4),
+    )
+    intro = f'/* Made by w2s_jax {__version__}; see w2s_model.h. */\n\n#include "w2s_model.h"\n\n'
+    example = (PLACE / "example.c").read_text("utf-8")
+    return {name: text.encode() for name, text in (("w2s_model.h", header), ("w2s_model.c", intro + body), ("example.c", example))}
+
+
+def _describe(facts: Mapping[str, str]) -> str:
+    lines = [f"{key}: {facts[key]}" for key in ("teacher", "licence", "source", "w2s_jax") if facts.get(key)]
+    return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> str:
+    """Text that does not end a comment, whatever a teacher calls itself."""
+    return text.replace("*/", "* /").replace("/*", "/ *").replace("\\", "/").replace("??", "? ?")
