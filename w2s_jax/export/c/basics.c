@@ -38,6 +38,12 @@ typedef int32_t mask __attribute__((vector_size(4 * LANES)));
 #define RECTIFY(x) ((x) > 0.0f ? (x) : 0.0f)
 #endif
 
+#if defined(__GNUC__)
+#define ALIGNED __attribute__((aligned(64)))
+#else
+#define ALIGNED
+#endif
+
 #define PANEL 16 /* columns of a matrix that lie together, filled up with zeros */
 #define FILLED(columns) (((columns) + PANEL - 1) / PANEL * PANEL)
 #define LARGER(a, b) ((a) > (b) ? (a) : (b))
@@ -54,6 +60,13 @@ typedef union {
     uint32_t bits;
     int32_t whole;
 } pun;
+
+/* Work memory begins where a line of the cache does: vectors then lie in one each. */
+#define LINE 64
+INLINE void *align(void *memory)
+{
+    return (char *)memory + (LINE - (uintptr_t)memory % LINE) % LINE;
+}
 
 INLINE void copy(float *to, const float *from, int count)
 {
@@ -125,6 +138,11 @@ Rows of the result are summed in registers, as many at once as fit, a column of 
 #define ROWS_12(DO) ROWS_11(DO) DO(11)
 #define ROWS_13(DO) ROWS_12(DO) DO(12)
 #define MOST_ROWS 13
+#if LANES == PANEL || defined(__aarch64__)
+#define MOST_PAIRS 13 /* rows with two sums each: there are 32 registers */
+#else
+#define MOST_PAIRS 6
+#endif
 
 #define DECLARE_ROW(row) vector sum_##row = zero;
 #define ADD_ROW(row) sum_##row += at[(row) * step] * weight;
@@ -183,6 +201,13 @@ DEFINE_PAIR(3)
 DEFINE_PAIR(4)
 DEFINE_PAIR(5)
 DEFINE_PAIR(6)
+DEFINE_PAIR(7)
+DEFINE_PAIR(8)
+DEFINE_PAIR(9)
+DEFINE_PAIR(10)
+DEFINE_PAIR(11)
+DEFINE_PAIR(12)
+DEFINE_PAIR(13)
 
 #define BLOCK_CASE(rows)                                                                                                         \
     case rows:                                                                                                                   \
@@ -205,7 +230,7 @@ INLINE void multiply(float *c, int wide, const float *const *a, int step, const 
     const float *from[W2S_TAPS];
     int column = 0;
     while (column < columns) {
-        const int pair = block <= 6 && column + LANES < columns;
+        const int pair = block <= MOST_PAIRS && column + LANES < columns;
         const float *weights = b + column / PANEL * panel + column % PANEL;
         for (int n = 0; n < blocks; n++) {
             const int first = (n + 1) * block <= rows ? n * block : rows - block; /* the last block may repeat rows */
@@ -220,6 +245,13 @@ INLINE void multiply(float *c, int wide, const float *const *a, int step, const 
                     PAIR_CASE(4)
                     PAIR_CASE(5)
                     PAIR_CASE(6)
+                    PAIR_CASE(7)
+                    PAIR_CASE(8)
+                    PAIR_CASE(9)
+                    PAIR_CASE(10)
+                    PAIR_CASE(11)
+                    PAIR_CASE(12)
+                    PAIR_CASE(13)
                 }
             else
                 switch (block) {

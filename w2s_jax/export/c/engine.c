@@ -82,18 +82,18 @@ typedef struct {
     int32_t steps;  /* times that the trunk has run; at most MOST_STEPS in a stream, where only the first ones matter */
     float samples[SAMPLES];
     cell image[LARGER(KEPT_OF_IMAGE, 1) * IMAGE_COLUMN];
-    cell before[LARGER((BEFORE - 1) * 2 * REACH * COLUMN(MELS), 1)];
-    cell after[LARGER(AFTER * 2 * REACH * COLUMN(MELS_AFTER), 1)];
+    cell before[(BEFORE - 1) * 2 * REACH * COLUMN(MELS) + PANEL]; /* whole vectors are read of the last row */
+    cell after[AFTER * 2 * REACH * COLUMN(MELS_AFTER) + PANEL];
     cell largest[MELS_AFTER * WIDE]; /* the maxima of the pool's window that is not complete yet */
 } pipeline;
 
 typedef struct {
-    float means[FRAMES], scales[FRAMES]; /* of each frame: (sample - mean) * scale is analysed */
     union {
         front_work front;
         trunk_work trunk;
         float products[GROUP * PRODUCTS_OF_TOKEN];
     } u;
+    float means[FRAMES], scales[FRAMES]; /* of each frame: (sample - mean) * scale is analysed */
     cell image[FRAMES * IMAGE_COLUMN];
     cell wide[GROUP * APART(MELS)];         /* columns before the pool */
     cell narrow[GROUP * APART(MELS_AFTER)]; /* and behind it */
@@ -356,15 +356,15 @@ static void answer(float *values, const sums *from)
 /* ---------------------------------------------------------------------------------------------------------------- whole recordings */
 
 typedef struct {
-    pipeline pipe;
     workspace work;
+    float products[W2S_BATCH * PRODUCTS_OF_TOKEN];
     sums now, all; /* of the block that is being added up, and of those before */
     block done;
-    float products[W2S_BATCH * PRODUCTS_OF_TOKEN];
+    pipeline pipe;
     cell tokens[(W2S_BATCH + GROUP) * TOKEN];
 } whole;
 
-CHECK(whole, W2S_PREDICT_BYTES)
+CHECK(whole, W2S_PREDICT_BYTES - LINE)
 
 static void reset(pipeline *p)
 {
@@ -413,9 +413,9 @@ static int measure(const recording *from, float *piece, float *mean, float *vari
 /* Tokens are multiplied W2S_BATCH at a time: a processor reads the matrix, which is larger than its first cache, so much less often. */
 static int predict(void *memory, size_t bytes, const recording *from, float *values)
 {
-    whole *state = (whole *)memory;
+    whole *state = (whole *)align(memory);
     float mean, variance;
-    if (bytes < sizeof(whole) || (uintptr_t)memory % sizeof(float))
+    if (bytes < W2S_PREDICT_BYTES || (uintptr_t)memory % sizeof(float))
         return W2S_ERROR_MEMORY;
     if (from->count < W2S_MINIMUM_SAMPLES || from->count / W2S_HOP > MOST_FRAMES)
         return W2S_ERROR_LENGTH;

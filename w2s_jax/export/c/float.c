@@ -15,9 +15,11 @@ typedef float cell;
 #define PRODUCTS GROUP
 #endif
 
+#define PAIRS(mels) (((mels) + 1) / 2)
+
 typedef struct {
-    float mixed[COLUMN(MELS)];
-    float products[PRODUCTS * MELS * WIDE];
+    float mixed[4 * PAIRS(MELS) * WIDE];
+    float products[PRODUCTS * 2 * PAIRS(MELS) * WIDE];
 } trunk_work;
 
 INLINE void keep(cell *to, const cell *from, int count)
@@ -82,51 +84,149 @@ INLINE void finish_image(cell *image, const trunk_work *work)
 
 #if W2S_KERNEL == 3
 
-/* The n-th of the six combinations of columns in Winograd's F(4, 3): each is multiplied once, for all four outputs. */
-INLINE void mix(float *mixed, const cell *const *x, int n, int count)
+/* Winograd's F(4, 3) over time and F(2, 3) over mel (Lavin and Gray, arXiv 1509.09308): 4 × 2 numbers of the result need 6 × 4 products
+for each pair of channels instead of 8 × 9. A row of four columns is written from rows of six; six combinations of columns, and of each
+four combinations of rows, are multiplied by weights that generate.py has combined likewise. */
+
+/* The n-th combination of six columns, from a row's channel on. */
+INLINE vector combine(const cell *const *x, int n, int at)
 {
     switch (n) {
         case 0:
-            for (int i = 0; i < count; i++)
-                mixed[i] = 4.0f * x[0][i] - 5.0f * x[2][i] + x[4][i];
-            break;
+            return 4.0f * LOAD(x[0] + at) - 5.0f * LOAD(x[2] + at) + LOAD(x[4] + at);
         case 1:
-            for (int i = 0; i < count; i++)
-                mixed[i] = (x[4][i] + x[3][i]) - 4.0f * (x[2][i] + x[1][i]);
-            break;
+            return (LOAD(x[4] + at) + LOAD(x[3] + at)) - 4.0f * (LOAD(x[2] + at) + LOAD(x[1] + at));
         case 2:
-            for (int i = 0; i < count; i++)
-                mixed[i] = (x[4][i] - x[3][i]) - 4.0f * (x[2][i] - x[1][i]);
-            break;
+            return (LOAD(x[4] + at) - LOAD(x[3] + at)) - 4.0f * (LOAD(x[2] + at) - LOAD(x[1] + at));
         case 3:
-            for (int i = 0; i < count; i++)
-                mixed[i] = (x[4][i] - x[2][i]) + 2.0f * (x[3][i] - x[1][i]);
-            break;
+            return (LOAD(x[4] + at) - LOAD(x[2] + at)) + 2.0f * (LOAD(x[3] + at) - LOAD(x[1] + at));
         case 4:
-            for (int i = 0; i < count; i++)
-                mixed[i] = (x[4][i] - x[2][i]) - 2.0f * (x[3][i] - x[1][i]);
-            break;
+            return (LOAD(x[4] + at) - LOAD(x[2] + at)) - 2.0f * (LOAD(x[3] + at) - LOAD(x[1] + at));
         default:
-            for (int i = 0; i < count; i++)
-                mixed[i] = 4.0f * x[1][i] - 5.0f * x[3][i] + x[5][i];
+            return 4.0f * LOAD(x[1] + at) - 5.0f * LOAD(x[3] + at) + LOAD(x[5] + at);
     }
 }
 
+/* Of the n-th combination of columns, the four combinations of rows: [4][pair of rows][WIDE]. */
+INLINE void mix(float *mixed, const cell *const *x, int n, int mels)
+{
+    const int pairs = PAIRS(mels), apart = pairs * WIDE;
+    for (int at = 0; at < CHANNELS; at += LANES) {
+        vector a = combine(x, n, at), b = combine(x, n, CHANNELS + at);
+        for (int pair = 0; pair < pairs; pair++) {
+            const int last = 2 * pair + 3 <= mels + 1 ? 2 * pair + 3 : mels + 1; /* an odd mel has no partner, which nobody reads */
+            const vector c = combine(x, n, (2 * pair + 2) * CHANNELS + at), d = combine(x, n, last * CHANNELS + at);
+            float *to = mixed + pair * WIDE + at;
+            STORE(to, a - c);
+            STORE(to + apart, b + c);
+            STORE(to + 2 * apart, c - b);
+            STORE(to + 3 * apart, b - d);
+            a = c;
+            b = d;
+        }
+    }
+}
+
+#define DECLARE_TWO(row) vector sum_##row = zero, more_##row = zero;
+#define ADD_INNER(row)                                                                                                           \
+    sum_##row += second[(row) * WIDE] * weight;                                                                                  \
+    more_##row += third[(row) * WIDE] * other;
+#define TURN(row)                                                                                                                \
+    {                                                                                                                            \
+        const vector difference = sum_##row - more_##row;                                                                        \
+        sum_##row += more_##row;                                                                                                 \
+        more_##row = difference;                                                                                                 \
+    }
+#define ADD_OUTER(row)                                                                                                           \
+    sum_##row += first[(row) * WIDE] * weight;                                                                                   \
+    more_##row += fourth[(row) * WIDE] * other;
+#define STORE_TWO(row)                                                                                                           \
+    STORE(c + 2 * (row) * WIDE, sum_##row);                                                                                      \
+    STORE(c + (2 * (row) + 1) * WIDE, more_##row);
+#define DEFINE_TWO(rows)                                                                                                         \
+    INLINE void two_##rows(float *c, const float *mixed, int apart, const float *b)                                              \
+    {                                                                                                                            \
+        const float *first = mixed, *second = mixed + apart, *third = second + apart, *fourth = third + apart;                   \
+        const vector zero = {0};                                                                                                 \
+        ROWS_##rows(DECLARE_TWO)                                                                                                 \
+        for (int k = 0; k < CHANNELS; k++, second++, third++) {                                                                  \
+            const vector weight = LOAD(b + (CHANNELS + k) * PANEL), other = LOAD(b + (2 * CHANNELS + k) * PANEL);                \
+            ROWS_##rows(ADD_INNER)                                                                                               \
+        }                                                                                                                        \
+        ROWS_##rows(TURN)                                                                                                        \
+        for (int k = 0; k < CHANNELS; k++, first++, fourth++) {                                                                  \
+            const vector weight = LOAD(b + k * PANEL), other = LOAD(b + (3 * CHANNELS + k) * PANEL);                             \
+            ROWS_##rows(ADD_OUTER)                                                                                               \
+        }                                                                                                                        \
+        ROWS_##rows(STORE_TWO)                                                                                                   \
+    }
+
+DEFINE_TWO(1)
+DEFINE_TWO(2)
+DEFINE_TWO(3)
+DEFINE_TWO(4)
+DEFINE_TWO(5)
+DEFINE_TWO(6)
+DEFINE_TWO(7)
+DEFINE_TWO(8)
+DEFINE_TWO(9)
+DEFINE_TWO(10)
+DEFINE_TWO(11)
+DEFINE_TWO(12)
+DEFINE_TWO(13)
+
+#define TWO_CASE(rows)                                                                                                           \
+    case rows:                                                                                                                   \
+        two_##rows(to, mixed + first * WIDE, pairs * WIDE, weights);                                                             \
+        break;
+
+/* What is mixed times the weights [panel][4][CHANNELS][PANEL] → sums [2 * pairs][WIDE]. */
+INLINE void multiply_mixed(float *sums, const float *mixed, const float *kernel, int pairs)
+{
+    const int blocks = (pairs + MOST_PAIRS - 1) / MOST_PAIRS, block = (pairs + blocks - 1) / blocks;
+    for (int column = 0; column < CHANNELS; column += LANES) {
+        const float *weights = kernel + column / PANEL * (4 * CHANNELS * PANEL) + column % PANEL;
+        for (int n = 0; n < blocks; n++) {
+            const int first = (n + 1) * block <= pairs ? n * block : pairs - block; /* the last block may repeat rows */
+            float *to = sums + 2 * first * WIDE + column;
+            switch (block) {
+                TWO_CASE(1)
+                TWO_CASE(2)
+                TWO_CASE(3)
+                TWO_CASE(4)
+                TWO_CASE(5)
+                TWO_CASE(6)
+                TWO_CASE(7)
+                TWO_CASE(8)
+                TWO_CASE(9)
+                TWO_CASE(10)
+                TWO_CASE(11)
+                TWO_CASE(12)
+                TWO_CASE(13)
+            }
+        }
+    }
+}
+
+#define MULTIPLY_COMBINATION(n)                                                                                                  \
+    mix(work->mixed, columns, n, mels);                                                                                          \
+    multiply_mixed(work->products + (n) * count, work->mixed, kernels[layer] + (n) * (4 * CHANNELS * WIDE), PAIRS(mels));
+
 INLINE void multiply_columns(const cell *const *columns, int mels, int layer, trunk_work *work)
 {
-    const float *const from[1] = {work->mixed + (MARGIN - REACH) * CHANNELS};
-    const int count = mels * WIDE;
-    for (int n = 0; n < 6; n++) {
-        mix(work->mixed, columns, n, COLUMN(mels));
-        multiply(work->products + n * count, WIDE, from, CHANNELS, kernels[layer] + n * (3 * CHANNELS * WIDE), mels, 1, 3 * CHANNELS,
-                 CHANNELS);
-    }
+    const int count = 2 * PAIRS(mels) * WIDE;
+    MULTIPLY_COMBINATION(0)
+    MULTIPLY_COMBINATION(1)
+    MULTIPLY_COMBINATION(2)
+    MULTIPLY_COMBINATION(3)
+    MULTIPLY_COMBINATION(4)
+    MULTIPLY_COMBINATION(5)
 }
 
 INLINE void finish_columns(cell *image, int mels, int layer, const trunk_work *work)
 {
     const float *m = work->products, *bias = biases[layer];
-    const int count = mels * WIDE;
+    const int count = 2 * PAIRS(mels) * WIDE;
     for (int mel = 0; mel < mels; mel++)
         for (int at = 0; at < CHANNELS; at += LANES) {
             const int i = mel * WIDE + at;

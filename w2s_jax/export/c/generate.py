@@ -45,6 +45,7 @@ C_TYPES = {"f4": "float", "i1": "int8_t", "i4": "int32_t"}
 WINOGRAD = np.array(
     [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
 )
+WINOGRAD_OF_TWO = np.array([[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, -1]])
 
 
 @dataclass(frozen=True)
@@ -215,10 +216,9 @@ def _floats(network: Network) -> dict[str, np.ndarray]:
     # [out, in, mel, time] → [time, mel · in, out]
     kernels = [layer.kernel.transpose(3, 2, 1, 0) for layer in others]
     if first.kernel.shape[2] == 3:
-        kernels = [np.einsum("kt,tmio->kmio", WINOGRAD, kernel) for kernel in kernels]
-        kernels = [
-            np.stack([panels(part.reshape(1, -1, channels)) for part in kernel]) for kernel in kernels
-        ]  # fmt: skip
+        # the combinations of WINOGRAD over time; over mel F(2, 3), whose last one is only ever subtracted
+        kernels = [np.einsum("kt,jm,tmio->kjio", WINOGRAD, WINOGRAD_OF_TWO, kernel) for kernel in kernels]
+        kernels = [np.stack([panels(part) for part in kernel]) for kernel in kernels]
     else:
         kernels = [panels(kernel.reshape(len(kernel), -1, channels)) for kernel in kernels]
     fill = -channels % PANEL
@@ -253,13 +253,14 @@ def _bytes(sizes: Mapping[str, int], cell: int) -> dict[str, str]:
     column, column_after = ((sizes[name] + margins) * channels for name in ("MELS", "MELS_AFTER"))
     image = sizes["BANDS"] + margins
     products = 6 if cell == 4 and sizes["W2S_KERNEL"] == 3 else GROUP
+    pairs = (mels + 1) // 2
     trunk = 4 * products * mels * wide
     if cell == 4:
-        trunk += 4 * column
+        trunk = 4 * (2 * products + 4) * pairs * wide
     else:
         column, column_after, image = (-(-size // 4) * 4 + 4 for size in (column, column_after, image))
-    kept = max(sizes["KEPT_OF_IMAGE"], 1) * image + max((sizes["BEFORE"] - 1) * 2 * reach * column, 1)
-    kept += max(sizes["AFTER"] * 2 * reach * column_after, 1) + sizes["MELS_AFTER"] * wide
+    kept = max(sizes["KEPT_OF_IMAGE"], 1) * image + (sizes["BEFORE"] - 1) * 2 * reach * column
+    kept += sizes["AFTER"] * 2 * reach * column_after + 2 * PANEL + sizes["MELS_AFTER"] * wide
     token = places * sizes["PARTS"] * filled["FEATURES"]
     front = frames * (sizes["W2S_FFT"] + filled["PARTS_OF_SPECTRUM"] + sizes["BINS"] + filled["BANDS"])
     images = frames * image + GROUP * (column + column_after + 2 * PANEL + sizes["TOKEN"])
@@ -268,7 +269,7 @@ def _bytes(sizes: Mapping[str, int], cell: int) -> dict[str, str]:
     work = _words(8 * frames + max(4 * front, trunk, 4 * GROUP * token) + cell * images)
     sums, block = (12 * pooled, 8 * pooled) if sizes["W2S_ATTENTION"] else (4 + 8 * pooled,) * 2
     return {
-        "predict_bytes": f"({pipeline + work + 2 * sums + block + _words(cell * GROUP * sizes['TOKEN'])} + W2S_BATCH * "
+        "predict_bytes": f"({pipeline + work + 2 * sums + block + 64 + _words(cell * GROUP * sizes['TOKEN'])} + W2S_BATCH * "
         f"{4 * token + cell * sizes['TOKEN']})",
     }
 
@@ -295,7 +296,7 @@ def _array(name: str, value: np.ndarray, kind: str) -> str:
         body = ",\n".join(", ".join(texts[at : at + 12]) for at in range(0, len(texts), 12))
         lines.append(body if flat.ndim == 1 else f"{{{body}}}")
     shape = "".join(f"[{size}]" for size in flat.shape)
-    return f"static const {kind} {name}{shape} = {{\n" + ",\n".join(lines) + "};\n"
+    return f"static const ALIGNED {kind} {name}{shape} = {{\n" + ",\n".join(lines) + "};\n"
 
 
 def _compose(
@@ -312,7 +313,7 @@ def _compose(
     names = facts["dimensions"].split(",")
     texts = f"const char *const w2s_dimensions[W2S_DIMENSIONS] = {{{', '.join(map(_text, names))}}};\n"
     texts += f"const char *const w2s_metadata =\n    {_text(json.dumps(dict(facts), ensure_ascii=False))};\n"
-    body = "\n".join([macros, "", texts, weights, *codes])
+    body = "\n".join([macros, "", codes[0], texts, weights, *codes[1:]])
     template = Template((PLACE / "model.h").read_text("utf-8"))
     token = 2 * sizes["STRIDE"] * sizes["W2S_HOP"]
     step = sizes["FRAMES"] * sizes["W2S_HOP"]
