@@ -65,134 +65,6 @@ static void analyse(cell *image, const float *samples, const float *means, const
         write_image(image + n * IMAGE_COLUMN, work->mel + n * FILLED(BANDS));
 }
 
-/* --------------------------------------------------------------------------------------------------------------------- the trunk
-
-FRAMES frames go through all layers at once and come out as GROUP tokens, those of some frames before: each layer needs columns that
-lie behind those that it writes. It keeps the last columns that it has read. Columns are counted from the first of the recording,
-and what comes before that or behind the last is outside of the image. */
-
-#define PRODUCTS_OF_TOKEN (PLACES * PARTS * FILLED(FEATURES))
-#define PIECE (FRAMES * W2S_FFT) /* samples that are measured at once */
-#define MOST_STEPS (1 << 20)
-#define MOST_FRAMES (1 << 30)
-#define ENDLESS 0x7fffffff
-
-typedef struct {
-    int32_t filled; /* samples that are there */
-    int32_t steps;  /* times that the trunk has run; at most MOST_STEPS in a stream, where only the first ones matter */
-    float samples[SAMPLES];
-    cell image[LARGER(KEPT_OF_IMAGE, 1) * IMAGE_COLUMN];
-    cell before[(BEFORE - 1) * 2 * REACH * COLUMN(MELS) + PANEL]; /* whole vectors are read of the last row */
-    cell after[AFTER * 2 * REACH * COLUMN(MELS_AFTER) + PANEL];
-    cell largest[MELS_AFTER * WIDE]; /* the maxima of the pool's window that is not complete yet */
-} pipeline;
-
-typedef struct {
-    union {
-        front_work front;
-        trunk_work trunk;
-        float products[GROUP * PRODUCTS_OF_TOKEN];
-    } u;
-    float means[FRAMES], scales[FRAMES]; /* of each frame: (sample - mean) * scale is analysed */
-    cell image[FRAMES * IMAGE_COLUMN];
-    cell wide[GROUP * APART(MELS)];         /* columns before the pool */
-    cell narrow[GROUP * APART(MELS_AFTER)]; /* and behind it */
-    cell tokens[GROUP * TOKEN];
-} workspace;
-
-/* One convolution in place: GROUP columns of `image`, behind the ones that were kept, become the GROUP columns from `first` on. */
-INLINE void convolve(cell *image, cell *kept, int layer, int mels, int32_t first, int32_t end, trunk_work *work)
-{
-    const cell *columns[2 * REACH + GROUP];
-    for (int n = 0; n < 2 * REACH + GROUP; n++)
-        columns[n] = n < 2 * REACH ? kept + n * COLUMN(mels) : image + (n - 2 * REACH) * APART(mels);
-    multiply_columns(columns, mels, layer, work);
-    for (int n = 0; n < 2 * REACH; n++)
-        keep(kept + n * COLUMN(mels), columns[n + GROUP], COLUMN(mels));
-    finish_columns(image, mels, layer, work);
-    frame(image, mels, APART(mels), first, end);
-}
-
-/* One function for all layers of a size. */
-static void convolve_before(cell *image, cell *kept, int layer, int32_t first, int32_t end, trunk_work *work)
-{
-    convolve(image, kept, layer, MELS, first, end, work);
-}
-
-static void convolve_after(cell *image, cell *kept, int layer, int32_t first, int32_t end, trunk_work *work)
-{
-    convolve(image, kept, layer, MELS_AFTER, first, end, work);
-}
-
-/* Maxima of 3×3 windows, every second one: GROUP columns from `first` on → GROUP / 2. No value is below the zeros around them. */
-static void pool(cell *to, const cell *image, cell *largest, int32_t first)
-{
-    for (int n = 0; n < GROUP; n++) {
-        const int last = (first + n) & 1; /* an odd column is the last one of a window, and the first of the next */
-        for (int mel = 0; mel < MELS_AFTER; mel++) {
-            const cell *from = image + n * APART(MELS) + (MARGIN + 2 * mel - 1) * CHANNELS;
-            cell *known = largest + mel * WIDE, column[WIDE], both[WIDE];
-            for (int i = 0; i < WIDE; i++) {
-                const cell pair = LARGER(from[i], from[CHANNELS + i]);
-                column[i] = LARGER(pair, from[2 * CHANNELS + i]);
-                both[i] = LARGER(known[i], column[i]);
-                known[i] = last ? column[i] : both[i];
-            }
-            if (last)
-                keep(to + (MARGIN + mel) * CHANNELS, both, WIDE); /* what is too much lies where the next row will be */
-        }
-        if (last)
-            to += APART(MELS_AFTER);
-    }
-}
-
-/* One step: the samples of FRAMES frames → up to GROUP tokens, those of them that are in the image; returns how many.
-
-`frames` is the number of frames of the whole recording, or ENDLESS. */
-static int advance(pipeline *p, workspace *w, int32_t frames)
-{
-    const int32_t end = (frames - 1) / STRIDE + 1, end_after = (end - 1) / 2 + 1;
-    const int32_t step = p->steps;
-    int count = 0;
-    analyse(w->image, p->samples, w->means, w->scales, &w->u.front);
-    for (int n = 0; n < FRAMES; n++)
-        if (step * FRAMES + n >= frames)
-            silence(w->image + n * IMAGE_COLUMN);
-    for (int half = 0; half < 2; half++) {
-        const cell *columns[KEPT_OF_IMAGE + GROUP * STRIDE];
-        int32_t first = (2 * step + half) * GROUP - LAG_OF_IMAGE;
-        for (int n = 0; n < KEPT_OF_IMAGE + GROUP * STRIDE; n++)
-            columns[n] = n < KEPT_OF_IMAGE ? p->image + n * IMAGE_COLUMN
-                                           : w->image + (half * GROUP * STRIDE + n - KEPT_OF_IMAGE) * IMAGE_COLUMN;
-        multiply_image(columns, &w->u.trunk);
-        finish_image(w->wide, &w->u.trunk);
-        frame(w->wide, MELS, APART(MELS), first, end);
-        for (int n = 0; n < KEPT_OF_IMAGE; n++)
-            keep(p->image + n * IMAGE_COLUMN, columns[n + GROUP * STRIDE], IMAGE_COLUMN);
-        for (int layer = 0; layer < BEFORE - 1; layer++) {
-            first -= REACH;
-            convolve_before(w->wide, p->before + layer * (2 * REACH * COLUMN(MELS)), layer, first, end, &w->u.trunk);
-        }
-        pool(w->narrow + half * (GROUP / 2) * APART(MELS_AFTER), w->wide, p->largest, first);
-    }
-    int32_t first = step * GROUP - LAG_OF_POOL;
-    frame(w->narrow, MELS_AFTER, APART(MELS_AFTER), first, end_after);
-    for (int layer = 0; layer < AFTER; layer++) {
-        first -= REACH;
-        convolve_after(w->narrow, p->after + layer * (2 * REACH * COLUMN(MELS_AFTER)), BEFORE - 1 + layer, first, end_after,
-                       &w->u.trunk);
-    }
-    for (int n = 0; n < GROUP; n++)
-        if (first + n >= 0 && first + n < end_after)
-            keep(w->tokens + count++ * TOKEN, w->narrow + n * APART(MELS_AFTER) + MARGIN * CHANNELS, TOKEN);
-    if (frames != ENDLESS || p->steps < MOST_STEPS)
-        p->steps++;
-    for (int i = 0; i < SAMPLES - FRAMES * W2S_HOP; i++)
-        p->samples[i] = p->samples[FRAMES * W2S_HOP + i];
-    p->filled = SAMPLES - FRAMES * W2S_HOP;
-    return count;
-}
-
 /* -------------------------------------------------------------------------------------------------------------- pooling over time */
 
 #define POOLED (PLACES * FILLED(FEATURES))
@@ -206,7 +78,7 @@ typedef struct {
 
 /* What is stored of a completed hop: the logarithm of the sum of e^score, and the mean. */
 typedef struct {
-    float weight[POOLED], mean[POOLED];
+    float weight[PLACES * FEATURES], mean[PLACES * FEATURES];
 } block;
 
 static void clear(sums *to)
@@ -246,21 +118,26 @@ static void add_tokens(sums *to, const float *products, int first, int end)
 
 static void close_block(block *to, const sums *from)
 {
-    for (int i = 0; i < POOLED; i++) {
-        to->weight[i] = from->sum[i] > 0.0f ? from->largest[i] + logarithm(from->sum[i]) : -1e30f;
-        to->mean[i] = from->mean[i];
-    }
+    for (int place = 0; place < PLACES; place++)
+        for (int i = 0; i < FEATURES; i++) {
+            const int at = place * FILLED(FEATURES) + i, packed = place * FEATURES + i;
+            to->weight[packed] = from->sum[at] > 0.0f ? from->largest[at] + logarithm(from->sum[at]) : -1e30f;
+            to->mean[packed] = from->mean[at];
+        }
 }
 
 static void add_block(sums *to, const block *from)
 {
-    for (int i = 0; i < POOLED; i++) {
-        const float most = LARGER(to->largest[i], from->weight[i]);
-        const float own = to->sum[i] * exponential(to->largest[i] - most), more = exponential(from->weight[i] - most);
-        to->mean[i] += (from->mean[i] - to->mean[i]) * (more / (own + more));
-        to->sum[i] = own + more;
-        to->largest[i] = most;
-    }
+    for (int place = 0; place < PLACES; place++)
+        for (int i = 0; i < FEATURES; i++) {
+            const int at = place * FILLED(FEATURES) + i, packed = place * FEATURES + i;
+            const float most = LARGER(to->largest[at], from->weight[packed]);
+            const float own = to->sum[at] * exponential(to->largest[at] - most);
+            const float more = exponential(from->weight[packed] - most);
+            to->mean[at] += (from->mean[packed] - to->mean[at]) * (more / (own + more));
+            to->sum[at] = own + more;
+            to->largest[at] = most;
+        }
 }
 
 static void finish_pooling(float *pooled, const sums *from)
@@ -353,6 +230,138 @@ static void answer(float *values, const sums *from)
     }
 }
 
+/* --------------------------------------------------------------------------------------------------------------------- the trunk
+
+FRAMES frames go through all layers at once and come out as GROUP tokens, those of some frames before: each layer needs columns that
+lie behind those that it writes. It keeps the last columns that it has read. Columns are counted from the first of the recording,
+and what comes before that or behind the last is outside of the image. */
+
+#define PRODUCTS_OF_TOKEN (PLACES * PARTS * FILLED(FEATURES))
+#define PIECE (FRAMES * W2S_FFT) /* samples that are measured at once */
+#define MOST_STEPS (1 << 20)
+#define MOST_FRAMES (1 << 30)
+#define ENDLESS 0x7fffffff
+
+typedef struct {
+    int32_t filled; /* samples that are there */
+    int32_t steps;  /* times that the trunk has run; at most MOST_STEPS in a stream, where only the first ones matter */
+    float samples[SAMPLES];
+    cell image[LARGER(KEPT_OF_IMAGE, 1) * IMAGE_COLUMN];
+    cell before[(BEFORE - 1) * 2 * REACH * COLUMN(MELS) + MORE]; /* whole vectors are read of the last row */
+    cell after[AFTER * 2 * REACH * COLUMN(MELS_AFTER) + MORE];
+    cell largest[MELS_AFTER * WIDE]; /* the maxima of the pool's window that is not complete yet */
+} pipeline;
+
+typedef struct {
+    union {
+        front_work front;
+        trunk_work trunk;
+        float products[GROUP * PRODUCTS_OF_TOKEN];
+        struct {
+            sums all;
+            block last;
+        } pooling;
+    } u;
+    float means[FRAMES], scales[FRAMES]; /* of each frame: (sample - mean) * scale is analysed */
+    cell image[FRAMES * IMAGE_COLUMN];
+    cell narrow[GROUP * APART(MELS_AFTER)]; /* columns behind the pool */
+    cell wide[GROUP * APART(MELS)];         /* and before it; at the end of a step tokens, [GROUP][TOKEN] */
+} workspace;
+
+/* One convolution in place: GROUP columns of `image`, behind the ones that were kept, become the GROUP columns from `first` on. */
+INLINE void convolve(cell *image, cell *kept, int layer, int mels, int32_t first, int32_t end, trunk_work *work)
+{
+    const cell *columns[2 * REACH + GROUP];
+    for (int n = 0; n < 2 * REACH + GROUP; n++)
+        columns[n] = n < 2 * REACH ? kept + n * COLUMN(mels) : image + (n - 2 * REACH) * APART(mels);
+    multiply_columns(columns, mels, layer, work);
+    for (int n = 0; n < 2 * REACH; n++)
+        keep(kept + n * COLUMN(mels), columns[n + GROUP], COLUMN(mels));
+    finish_columns(image, mels, layer, work);
+    frame(image, mels, first, end);
+}
+
+/* One function for all layers of a size. */
+static void convolve_before(cell *image, cell *kept, int layer, int32_t first, int32_t end, trunk_work *work)
+{
+    convolve(image, kept, layer, MELS, first, end, work);
+}
+
+static void convolve_after(cell *image, cell *kept, int layer, int32_t first, int32_t end, trunk_work *work)
+{
+    convolve(image, kept, layer, MELS_AFTER, first, end, work);
+}
+
+/* Maxima of 3×3 windows, every second one: GROUP columns from `first` on → GROUP / 2. No value is below the zeros around them. */
+static void pool(cell *to, const cell *image, cell *largest, int32_t first)
+{
+    for (int n = 0; n < GROUP; n++) {
+        const int last = (first + n) & 1; /* an odd column is the last one of a window, and the first of the next */
+        for (int mel = 0; mel < MELS_AFTER; mel++) {
+            const cell *from = image + n * APART(MELS) + (MARGIN + 2 * mel) * CHANNELS;
+            const cell *above = mel ? from - CHANNELS : from, *below = 2 * mel + 1 < MELS ? from + CHANNELS : from;
+            cell *known = largest + mel * WIDE, column[WIDE], both[WIDE];
+            for (int i = 0; i < WIDE; i++) {
+                const cell pair = LARGER(from[i], above[i]);
+                column[i] = LARGER(pair, below[i]);
+                both[i] = LARGER(known[i], column[i]);
+                known[i] = last ? column[i] : both[i];
+            }
+            if (last)
+                keep(to + (MARGIN + mel) * CHANNELS, both, WIDE); /* what is too much lies where the next row will be */
+        }
+        if (last)
+            to += APART(MELS_AFTER);
+    }
+}
+
+/* One step: the samples of FRAMES frames → up to GROUP tokens, those of them that are in the image; returns how many.
+
+`frames` is the number of frames of the whole recording, or ENDLESS. */
+static int advance(pipeline *p, workspace *w, int32_t frames)
+{
+    const int32_t end = (frames - 1) / STRIDE + 1, end_after = (end - 1) / 2 + 1;
+    const int32_t step = p->steps;
+    int count = 0;
+    analyse(w->image, p->samples, w->means, w->scales, &w->u.front);
+    for (int n = 0; n < FRAMES; n++)
+        if (step * FRAMES + n >= frames)
+            silence(w->image + n * IMAGE_COLUMN);
+    for (int half = 0; half < 2; half++) {
+        const cell *columns[KEPT_OF_IMAGE + GROUP * STRIDE];
+        int32_t first = (2 * step + half) * GROUP - LAG_OF_IMAGE;
+        for (int n = 0; n < KEPT_OF_IMAGE + GROUP * STRIDE; n++)
+            columns[n] = n < KEPT_OF_IMAGE ? p->image + n * IMAGE_COLUMN
+                                           : w->image + (half * GROUP * STRIDE + n - KEPT_OF_IMAGE) * IMAGE_COLUMN;
+        multiply_image(columns, &w->u.trunk);
+        finish_image(w->wide, &w->u.trunk);
+        frame(w->wide, MELS, first, end);
+        for (int n = 0; n < KEPT_OF_IMAGE; n++)
+            keep(p->image + n * IMAGE_COLUMN, columns[n + GROUP * STRIDE], IMAGE_COLUMN);
+        for (int layer = 0; layer < BEFORE - 1; layer++) {
+            first -= REACH;
+            convolve_before(w->wide, p->before + layer * (2 * REACH * COLUMN(MELS)), layer, first, end, &w->u.trunk);
+        }
+        pool(w->narrow + half * (GROUP / 2) * APART(MELS_AFTER), w->wide, p->largest, first);
+    }
+    int32_t first = step * GROUP - LAG_OF_POOL;
+    frame(w->narrow, MELS_AFTER, first, end_after);
+    for (int layer = 0; layer < AFTER; layer++) {
+        first -= REACH;
+        convolve_after(w->narrow, p->after + layer * (2 * REACH * COLUMN(MELS_AFTER)), BEFORE - 1 + layer, first, end_after,
+                       &w->u.trunk);
+    }
+    for (int n = 0; n < GROUP; n++)
+        if (first + n >= 0 && first + n < end_after)
+            keep(w->wide + count++ * TOKEN, w->narrow + n * APART(MELS_AFTER) + MARGIN * CHANNELS, TOKEN);
+    if (frames != ENDLESS || p->steps < MOST_STEPS)
+        p->steps++;
+    for (int i = 0; i < SAMPLES - FRAMES * W2S_HOP; i++)
+        p->samples[i] = p->samples[FRAMES * W2S_HOP + i];
+    p->filled = SAMPLES - FRAMES * W2S_HOP;
+    return count;
+}
+
 /* ---------------------------------------------------------------------------------------------------------------- whole recordings */
 
 typedef struct {
@@ -438,7 +447,7 @@ static int predict(void *memory, size_t bytes, const recording *from, float *val
         fetch(state->pipe.samples + state->pipe.filled, from, next, SAMPLES - state->pipe.filled);
         next += (size_t)(SAMPLES - state->pipe.filled);
         const int more = advance(&state->pipe, &state->work, frames);
-        keep(state->tokens + waiting * TOKEN, state->work.tokens, more * TOKEN);
+        keep(state->tokens + waiting * TOKEN, state->work.wide, more * TOKEN);
         waiting += more;
         done += more;
         while (waiting >= W2S_BATCH || (waiting && done == end)) {
@@ -480,4 +489,235 @@ int w2s_predict_int16(void *memory, size_t bytes, const int16_t *samples, size_t
     from.integers = samples;
     from.count = from.joint = count;
     return predict(memory, bytes, &from, values);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------------- streams */
+
+typedef struct {
+    uint32_t model;
+    int32_t normalisation;
+    uint32_t window, hop; /* samples */
+    uint32_t place;       /* where the next sample, or the next block, is stored */
+    uint32_t stored;      /* samples, or blocks */
+} about_stream;
+
+/* W2S_RUNNING: the pipeline, the sums of the hop that is being heard, and then window / hop - 1 blocks of those before. */
+typedef struct {
+    about_stream about;
+    float mean, variance; /* of the samples so far */
+    uint32_t heard;       /* samples in them, at most the window */
+    uint32_t phase;       /* samples from the beginning of the hop to the next token */
+    int32_t begun;        /* whether there has been a token */
+    sums now;
+    pipeline pipe;
+} stream;
+
+CHECK(stream, W2S_STREAM_BYTES(1, 1)) /* without a block */
+CHECK(block, W2S_STREAM_BYTES(2, 1) - W2S_STREAM_BYTES(1, 1))
+CHECK(workspace, W2S_SCRATCH_BYTES - LINE)
+CHECK(about_stream, W2S_WINDOW_STREAM_BYTES(0))
+
+size_t w2s_stream_bytes(int normalisation, uint32_t window, uint32_t hop)
+{
+    if (hop < W2S_TOKEN_SAMPLES || window < W2S_MINIMUM_SAMPLES || window % hop || window / hop > 65536u || window > 0x10000000u)
+        return 0;
+    if (normalisation == W2S_WINDOW)
+        return W2S_WINDOW_STREAM_BYTES((size_t)window);
+    return normalisation == W2S_RUNNING ? W2S_STREAM_BYTES((size_t)window, (size_t)hop) : 0;
+}
+
+int w2s_stream_init(void *memory, size_t bytes, int normalisation, uint32_t window, uint32_t hop)
+{
+    about_stream *about = (about_stream *)memory;
+    if (!memory)
+        return W2S_ERROR_NULL;
+    if (!w2s_stream_bytes(normalisation, window, hop))
+        return W2S_ERROR_SETTING;
+    if (bytes < w2s_stream_bytes(normalisation, window, hop) || (uintptr_t)memory % sizeof(float))
+        return W2S_ERROR_MEMORY;
+    about->model = W2S_FINGERPRINT;
+    about->normalisation = normalisation;
+    about->window = window;
+    about->hop = hop;
+    return w2s_stream_reset(memory);
+}
+
+/* Whether it is a stream: W2S_OK, or why not. */
+static int examine(const void *memory)
+{
+    const about_stream *about = (const about_stream *)memory;
+    if (!memory)
+        return W2S_ERROR_NULL;
+    if ((uintptr_t)memory % sizeof(float))
+        return W2S_ERROR_MEMORY;
+    if (about->model != W2S_FINGERPRINT || !w2s_stream_bytes(about->normalisation, about->window, about->hop))
+        return W2S_ERROR_STREAM;
+    return W2S_OK;
+}
+
+int w2s_stream_reset(void *memory)
+{
+    about_stream *about = (about_stream *)memory;
+    const int fault = examine(memory);
+    if (fault)
+        return fault;
+    about->place = about->stored = 0;
+    if (about->normalisation == W2S_RUNNING) {
+        stream *s = (stream *)memory;
+        s->mean = s->variance = 0.0f;
+        s->heard = s->phase = 0;
+        s->begun = 0;
+        clear(&s->now);
+        reset(&s->pipe);
+    }
+    return W2S_OK;
+}
+
+/* Mean and variance of what has been heard, with those samples of a frame that no frame before it had. */
+static void hear(stream *s, const float *samples, int count)
+{
+    float mean = 0.0f, variance = 0.0f;
+    for (int i = 0; i < count; i++)
+        mean += samples[i];
+    mean /= (float)count;
+    for (int i = 0; i < count; i++)
+        variance += (samples[i] - mean) * (samples[i] - mean);
+    variance /= (float)count;
+    s->heard = s->about.window - s->heard > (uint32_t)count ? s->heard + (uint32_t)count : s->about.window;
+    const float share = (uint32_t)count < s->heard ? (float)count / (float)s->heard : 1.0f;
+    const float distance = mean - s->mean;
+    s->mean += share * distance;
+    s->variance += share * (variance + (1.0f - share) * distance * distance - s->variance);
+}
+
+/* FRAMES frames of a stream, which are all there. */
+static void listen(stream *s, workspace *work)
+{
+    enum { NEW = W2S_HOP < W2S_FFT ? W2S_HOP : W2S_FFT };
+    for (int n = 0; n < FRAMES; n++) {
+        const float *frame_samples = s->pipe.samples + n * W2S_HOP;
+        if (s->heard)
+            hear(s, frame_samples + W2S_FFT - NEW, NEW);
+        else
+            hear(s, frame_samples, W2S_FFT);
+        work->means[n] = s->mean;
+        work->scales[n] = 1.0f / sqrtf(s->variance + NORM_EPSILON);
+    }
+    const int count = advance(&s->pipe, work, ENDLESS);
+    if (!count)
+        return;
+    for (int i = count * TOKEN; i < GROUP * TOKEN; i++)
+        work->wide[i] = 0;
+    multiply_tokens(work->u.products, work->wide, GROUP);
+    for (int first = 0, end; first < count; first = end) {
+        if (s->phase >= s->about.hop) {
+            const uint32_t blocks = s->about.window / s->about.hop - 1;
+            if (blocks) {
+                close_block((block *)(s + 1) + s->about.place, &s->now);
+                s->about.place = s->about.place + 1 < blocks ? s->about.place + 1 : 0;
+                s->about.stored = s->about.stored < blocks ? s->about.stored + 1 : blocks;
+            }
+            clear(&s->now);
+            s->phase -= s->about.hop;
+        }
+        for (end = first; end < count && s->phase < s->about.hop; end++)
+            s->phase += W2S_TOKEN_SAMPLES;
+        add_tokens(&s->now, work->u.products, first, end);
+    }
+    s->begun = 1;
+}
+
+static int push(void *memory, void *scratch, size_t bytes, const recording *from)
+{
+    about_stream *about = (about_stream *)memory;
+    const int fault = examine(memory);
+    int refused = 0;
+    if (fault)
+        return fault;
+    if (about->normalisation == W2S_WINDOW) {
+        float *samples = (float *)(about + 1);
+        for (size_t at = 0; at < from->count;) {
+            const uint32_t room = about->window - about->place;
+            const int count = (int)(from->count - at < room ? from->count - at : room);
+            refused += fetch(samples + about->place, from, at, count);
+            at += (size_t)count;
+            about->place = (uint32_t)count < room ? about->place + (uint32_t)count : 0;
+            about->stored = about->window - about->stored > (uint32_t)count ? about->stored + (uint32_t)count : about->window;
+        }
+        return refused ? W2S_ERROR_SAMPLE : W2S_OK;
+    }
+    stream *s = (stream *)memory;
+    if (!scratch)
+        return W2S_ERROR_NULL;
+    if (bytes < W2S_SCRATCH_BYTES || (uintptr_t)scratch % sizeof(float))
+        return W2S_ERROR_MEMORY;
+    for (size_t at = 0; at < from->count;) {
+        const size_t room = (size_t)(SAMPLES - s->pipe.filled);
+        const int count = (int)(from->count - at < room ? from->count - at : room);
+        refused += fetch(s->pipe.samples + s->pipe.filled, from, at, count) > 0;
+        at += (size_t)count;
+        s->pipe.filled += count;
+        if (s->pipe.filled == SAMPLES)
+            listen(s, (workspace *)align(scratch));
+    }
+    return refused ? W2S_ERROR_SAMPLE : W2S_OK;
+}
+
+int w2s_stream_push(void *memory, void *scratch, size_t bytes, const float *samples, size_t count)
+{
+    recording from;
+    if (!samples)
+        return W2S_ERROR_NULL;
+    from.numbers = from.behind = samples;
+    from.integers = 0;
+    from.count = from.joint = count;
+    return push(memory, scratch, bytes, &from);
+}
+
+int w2s_stream_push_int16(void *memory, void *scratch, size_t bytes, const int16_t *samples, size_t count)
+{
+    recording from;
+    if (!samples)
+        return W2S_ERROR_NULL;
+    from.numbers = from.behind = 0;
+    from.integers = samples;
+    from.count = from.joint = count;
+    return push(memory, scratch, bytes, &from);
+}
+
+int w2s_stream_read(const void *memory, void *scratch, size_t bytes, float *values)
+{
+    const about_stream *about = (const about_stream *)memory;
+    const int fault = examine(memory);
+    if (fault)
+        return fault;
+    if (!scratch || !values)
+        return W2S_ERROR_NULL;
+    if (about->normalisation == W2S_WINDOW) {
+        const float *samples = (const float *)(about + 1);
+        const uint32_t oldest = about->stored < about->window ? 0 : about->place;
+        recording from;
+        from.integers = 0;
+        from.numbers = samples + oldest;
+        from.behind = samples;
+        from.count = about->stored;
+        from.joint = about->stored - oldest;
+        return about->stored < W2S_MINIMUM_SAMPLES ? W2S_ERROR_EARLY : predict(scratch, bytes, &from, values);
+    }
+    const stream *s = (const stream *)memory;
+    if (bytes < W2S_SCRATCH_BYTES || (uintptr_t)scratch % sizeof(float))
+        return W2S_ERROR_MEMORY;
+    if (!s->begun)
+        return W2S_ERROR_EARLY;
+    workspace *work = (workspace *)align(scratch);
+    sums *all = &work->u.pooling.all;
+    block *last = &work->u.pooling.last;
+    const block *blocks = (const block *)(s + 1);
+    clear(all);
+    for (uint32_t n = 0; n < about->stored; n++) /* the oldest first */
+        add_block(all, blocks + (about->place + n) % about->stored);
+    close_block(last, &s->now);
+    add_block(all, last);
+    answer(values, all);
+    return W2S_OK;
 }

@@ -1,25 +1,30 @@
 /* --------------------------------------------------------------------------------------------------------- the trunk in float32
 
-A column is one moment of an image: [mel][channel], with MARGIN rows of zeros before and behind. */
+A column is one moment of an image: [mel][channel]. What multiplies rows as they lie in memory needs rows of zeros before and behind
+them; Winograd's combinations of rows do without. */
 
 typedef float cell;
 
-#define SILENT 0.0f                                    /* what stands outside of the log-mel image */
-#define COLUMN(mels) (((mels) + 2 * MARGIN) * CHANNELS) /* numbers of a column */
-#define APART(mels) (COLUMN(mels) + PANEL)              /* from column to column in work memory: whole vectors are written */
-#define IMAGE_COLUMN (BANDS + 2 * MARGIN)
+#define SILENT 0.0f /* what stands outside of the log-mel image */
 #define WIDE FILLED(CHANNELS)
 #if W2S_KERNEL == 3
-#define PRODUCTS 6 /* of Winograd's F(4, 3) */
+#define MARGIN 0
+#define PRODUCTS (6 * 2) /* of Winograd's F(4, 3), for each pair of mels */
+#define MIXED 4
 #else
-#define PRODUCTS GROUP
+#define MARGIN REACH
+#define PRODUCTS (GROUP * 2)
+#define MIXED 0
 #endif
-
+#define COLUMN(mels) (((mels) + 2 * MARGIN) * CHANNELS) /* numbers of a column */
+#define MORE (WIDE - CHANNELS)                          /* that are read and written behind its last row: whole vectors */
+#define APART(mels) (COLUMN(mels) + MORE)               /* from column to column in work memory */
+#define IMAGE_COLUMN (BANDS + 2 * REACH)
 #define PAIRS(mels) (((mels) + 1) / 2)
 
 typedef struct {
-    float mixed[4 * PAIRS(MELS) * WIDE];
-    float products[PRODUCTS * 2 * PAIRS(MELS) * WIDE];
+    float products[PRODUCTS * PAIRS(MELS) * WIDE];
+    float mixed[LARGER(MIXED * PAIRS(MELS) * WIDE, 1)];
 } trunk_work;
 
 INLINE void keep(cell *to, const cell *from, int count)
@@ -34,22 +39,20 @@ INLINE void silence(cell *column)
 
 INLINE void write_image(cell *column, const float *values)
 {
-    fill(column, SILENT, MARGIN);
-    copy(column + MARGIN, values, BANDS);
-    fill(column + MARGIN + BANDS, SILENT, MARGIN);
+    fill(column, SILENT, REACH);
+    copy(column + REACH, values, BANDS);
+    fill(column + REACH + BANDS, SILENT, REACH);
 }
 
 /* Zeros outside of the image: rows before and behind, columns before the first and from `end` on. */
-INLINE void frame(cell *image, int mels, int apart, int32_t first, int32_t end)
+INLINE void frame(cell *image, int mels, int32_t first, int32_t end)
 {
     for (int n = 0; n < GROUP; n++) {
-        cell *column = image + n * apart;
-        if (first + n < 0 || first + n >= end) {
-            fill(column, 0.0f, (mels + 2 * MARGIN) * CHANNELS);
-        } else {
-            fill(column, 0.0f, MARGIN * CHANNELS);
-            fill(column + (MARGIN + mels) * CHANNELS, 0.0f, MARGIN * CHANNELS);
-        }
+        cell *column = image + n * APART(mels);
+        if (first + n < 0 || first + n >= end)
+            fill(column, 0.0f, COLUMN(mels));
+        fill(column, 0.0f, MARGIN * CHANNELS);
+        fill(column + (MARGIN + mels) * CHANNELS, 0.0f, MARGIN * CHANNELS);
     }
 }
 
@@ -72,7 +75,7 @@ INLINE void multiply_image(const cell *const *columns, trunk_work *work)
     const float *from[W2S_TAPS];
     for (int n = 0; n < GROUP; n++) {
         for (int tap = 0; tap < W2S_KERNEL; tap++)
-            from[tap] = columns[n * STRIDE + tap] + MARGIN - REACH;
+            from[tap] = columns[n * STRIDE + tap];
         multiply(work->products + n * MELS * WIDE, WIDE, from, STRIDE, first_kernel, MELS, W2S_KERNEL, W2S_KERNEL, CHANNELS);
     }
 }
@@ -111,11 +114,13 @@ INLINE vector combine(const cell *const *x, int n, int at)
 INLINE void mix(float *mixed, const cell *const *x, int n, int mels)
 {
     const int pairs = PAIRS(mels), apart = pairs * WIDE;
+    const vector zero = {0}; /* the rows before the first and behind the last */
     for (int at = 0; at < CHANNELS; at += LANES) {
-        vector a = combine(x, n, at), b = combine(x, n, CHANNELS + at);
+        vector a = zero, b = combine(x, n, at);
         for (int pair = 0; pair < pairs; pair++) {
-            const int last = 2 * pair + 3 <= mels + 1 ? 2 * pair + 3 : mels + 1; /* an odd mel has no partner, which nobody reads */
-            const vector c = combine(x, n, (2 * pair + 2) * CHANNELS + at), d = combine(x, n, last * CHANNELS + at);
+            const int row = 2 * pair + 1;
+            const vector c = row < mels ? combine(x, n, row * CHANNELS + at) : zero;
+            const vector d = row + 1 < mels ? combine(x, n, (row + 1) * CHANNELS + at) : zero;
             float *to = mixed + pair * WIDE + at;
             STORE(to, a - c);
             STORE(to + apart, b + c);
@@ -236,7 +241,7 @@ INLINE void finish_columns(cell *image, int mels, int layer, const trunk_work *w
             const vector p = m1 + m2, q = m1 - m2, r = m3 + m4, s = m3 - m4;
             const vector y0 = LOAD(m + i) + p + r + b, y1 = q + 2.0f * s + b;
             const vector y2 = p + 4.0f * r + b, y3 = q + 8.0f * s + LOAD(m + 5 * count + i) + b;
-            STORE(to, RECTIFY(y0)); /* what is written too much lies where the next row will be, or a margin */
+            STORE(to, RECTIFY(y0)); /* what is written too much lies where the next row will be, or nothing is */
             STORE(to + APART(mels), RECTIFY(y1));
             STORE(to + 2 * APART(mels), RECTIFY(y2));
             STORE(to + 3 * APART(mels), RECTIFY(y3));
@@ -250,7 +255,7 @@ INLINE void multiply_columns(const cell *const *columns, int mels, int layer, tr
     const float *from[W2S_TAPS];
     for (int n = 0; n < GROUP; n++) {
         for (int tap = 0; tap < W2S_KERNEL; tap++)
-            from[tap] = columns[n + tap] + (MARGIN - REACH) * CHANNELS;
+            from[tap] = columns[n + tap];
         multiply(work->products + n * mels * WIDE, WIDE, from, CHANNELS, kernels[layer], mels, W2S_KERNEL, W2S_KERNEL * CHANNELS,
                  CHANNELS);
     }

@@ -39,6 +39,8 @@ PLACE = Path(__file__).parent
 PANEL = 16
 #: Columns that a convolution writes at once, tokens that are multiplied at once in a whole recording, and tokens of a block.
 GROUP, BATCH, BLOCK = 4, 12, 252
+#: Bytes that work memory may be moved by, to a line of the cache; LINE in basics.c.
+LINE = 64
 #: numpy's type → C's.
 C_TYPES = {"f4": "float", "i1": "int8_t", "i4": "int32_t"}
 #: Winograd's F(4, 3) of a kernel [3] over time (Lavin and Gray, arXiv 1509.09308).
@@ -156,7 +158,6 @@ def _sizes(network: Network) -> dict[str, int]:
         "BEFORE": len(network.before),
         "AFTER": len(network.after),
         "REACH": reach,
-        "MARGIN": max(1, reach),
         "GROUP": GROUP,
         "FRAMES": frames,
         "SAMPLES": frames * hop + max(0, n_fft - hop),
@@ -248,29 +249,30 @@ def _head(network: Network) -> np.ndarray:
 def _bytes(sizes: Mapping[str, int], cell: int) -> dict[str, str]:
     """Bytes of the structures of engine.c, whose ``CHECK`` compares them with what the compiler makes of it."""
     filled = {name: -(-sizes[name] // PANEL) * PANEL for name in ("PARTS_OF_SPECTRUM", "BANDS", "CHANNELS", "FEATURES")}
-    wide, margins, channels = filled["CHANNELS"], 2 * sizes["MARGIN"], sizes["CHANNELS"]
-    frames, places, reach, mels = (sizes[name] for name in ("FRAMES", "PLACES", "REACH", "MELS"))
+    wide, channels, reach, frames = filled["CHANNELS"], sizes["CHANNELS"], sizes["REACH"], sizes["FRAMES"]
+    winograd, pairs, places = cell == 4 and sizes["W2S_KERNEL"] == 3, (sizes["MELS"] + 1) // 2, sizes["PLACES"]
+    margins = 0 if winograd else 2 * reach
     column, column_after = ((sizes[name] + margins) * channels for name in ("MELS", "MELS_AFTER"))
-    image = sizes["BANDS"] + margins
-    products = 6 if cell == 4 and sizes["W2S_KERNEL"] == 3 else GROUP
-    pairs = (mels + 1) // 2
-    trunk = 4 * products * mels * wide
-    if cell == 4:
-        trunk = 4 * (2 * products + 4) * pairs * wide
+    image, more = sizes["BANDS"] + 2 * reach, wide - channels
+    if cell == 1:
+        image, column, column_after = (-(-size // 4) * 4 + 4 for size in (image, column, column_after))
+        trunk = 4 * GROUP * sizes["MELS"] * wide
     else:
-        column, column_after, image = (-(-size // 4) * 4 + 4 for size in (column, column_after, image))
+        trunk = 4 * (2 * (6 if winograd else GROUP) * pairs * wide + (4 * pairs * wide if winograd else 1))
     kept = max(sizes["KEPT_OF_IMAGE"], 1) * image + (sizes["BEFORE"] - 1) * 2 * reach * column
-    kept += sizes["AFTER"] * 2 * reach * column_after + 2 * PANEL + sizes["MELS_AFTER"] * wide
+    kept += sizes["AFTER"] * 2 * reach * column_after + 2 * more + sizes["MELS_AFTER"] * wide
     token = places * sizes["PARTS"] * filled["FEATURES"]
     front = frames * (sizes["W2S_FFT"] + filled["PARTS_OF_SPECTRUM"] + sizes["BINS"] + filled["BANDS"])
-    images = frames * image + GROUP * (column + column_after + 2 * PANEL + sizes["TOKEN"])
+    images = frames * image + GROUP * (column + column_after + 2 * more)
     pooled = places * filled["FEATURES"]
     pipeline = _words(8 + 4 * sizes["SAMPLES"] + cell * kept)
-    work = _words(8 * frames + max(4 * front, trunk, 4 * GROUP * token) + cell * images)
-    sums, block = (12 * pooled, 8 * pooled) if sizes["W2S_ATTENTION"] else (4 + 8 * pooled,) * 2
+    sums, block = (12 * pooled, 8 * places * sizes["FEATURES"]) if sizes["W2S_ATTENTION"] else (4 + 8 * pooled,) * 2
+    work = _words(8 * frames + max(4 * front, trunk, 4 * GROUP * token, sums + block) + cell * images)
     return {
-        "predict_bytes": f"({pipeline + work + 2 * sums + block + 64 + _words(cell * GROUP * sizes['TOKEN'])} + W2S_BATCH * "
-        f"{4 * token + cell * sizes['TOKEN']})",
+        "predict_bytes": f"({pipeline + work + 2 * sums + block + LINE + _words(cell * GROUP * sizes['TOKEN'])} + "
+        f"W2S_BATCH * {4 * token + cell * sizes['TOKEN']})",
+        "scratch_bytes": f"{work + LINE}",
+        "stream_bytes": f"({44 + sums + pipeline} + ((window) / (hop) - 1) * {block})",
     }
 
 

@@ -49,6 +49,30 @@ extern const char *const w2s_metadata;
 int w2s_predict(void *memory, size_t bytes, const float *samples, size_t count, float *values);
 int w2s_predict_int16(void *memory, size_t bytes, const int16_t *samples, size_t count, float *values);
 
+/* Streams: what was heard in the last `window` samples, at any moment. `hop` samples of it are forgotten at once; the window is a
+multiple of the hop, and the hop no shorter than a token. Two ways to normalise the level, which the network needs:
+
+W2S_RUNNING  by mean and variance of all samples so far, from one window on with exponential forgetting. Costs per sample what the
+             network costs per sample, whatever the window; memory is W2S_STREAM_BYTES(window, hop). Until a window has been heard,
+             values follow the first sounds more than they will later. Values see a sample after at most W2S_LATENCY_SAMPLES.
+W2S_WINDOW   each window by its own, exactly as w2s_predict has it. Keeps the samples, W2S_WINDOW_STREAM_BYTES(window), and computes
+             all of them anew in w2s_stream_read, whose scratch memory is W2S_PREDICT_BYTES.
+
+The bytes of a stream are its whole state: copied away and back, or to another place, it goes on as if nothing had happened. Scratch
+memory (W2S_SCRATCH_BYTES) keeps nothing from call to call, and streams may share it. Samples may be pushed in any pieces, which
+changes no bit of any value. */
+enum { W2S_RUNNING = 0, W2S_WINDOW = 1 };
+#define W2S_SCRATCH_BYTES $scratch_bytes
+#define W2S_STREAM_BYTES(window, hop) $stream_bytes
+#define W2S_WINDOW_STREAM_BYTES(window) (24 + 4 * (window))
+size_t w2s_stream_bytes(int normalisation, uint32_t window, uint32_t hop); /* 0 for settings that cannot be */
+int w2s_stream_init(void *stream, size_t bytes, int normalisation, uint32_t window, uint32_t hop);
+int w2s_stream_reset(void *stream);
+/* A sample that is not finite, or beyond 1e15, counts as 0; all are taken, and W2S_ERROR_SAMPLE tells of it. */
+int w2s_stream_push(void *stream, void *scratch, size_t bytes, const float *samples, size_t count);
+int w2s_stream_push_int16(void *stream, void *scratch, size_t bytes, const int16_t *samples, size_t count);
+int w2s_stream_read(const void *stream, void *scratch, size_t bytes, float *values);
+
 #ifdef __cplusplus
 }
 #endif
