@@ -1,6 +1,6 @@
 """The whole chain on real recordings: 1,882 acted Czech utterances, DNSMOS as the teacher, Wav2Small as the student.
 
-Claim: on levels of the game that were never heard, Wav2Small trained by this package follows its teacher at least as closely
+Claim: on held-out levels of the game, Wav2Small trained by this package follows its teacher at least as closely
 as the same network trained the ordinary way in PyTorch (Adam 1e-3, CCC loss, eager) on the same views for the same time.
 
 The recordings are Debian's fillets-ng-data-cs (106 minutes, Ogg, 22 and 44 kHz). Nothing is installed:
@@ -47,7 +47,7 @@ VARIANTS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Batches of 16 views; each step hears 1.8 s of the 3 s, or the student soon knows 1,365 clips by heart."""
+    """Batches of 16 views; each step sees 1.8 s of the 3 s, or the student would soon memorise the 1,365 clips."""
     config = default("wav2small")
     config.update(VARIANTS[variant])
     return config
@@ -79,7 +79,7 @@ def run(sound: Path, out: Path, variant: str, clips_per_level: int | None) -> di
                     link.symlink_to(file.resolve())
     bank, views, labels, workdir = out / "bank", out / "views.parquet", out / "labels", out / "run"
     w2s("bank", "build", source, "--out", bank, "--split-by", "folder", "--fractions", "0.72,0.11,0.17")
-    # DNSMOS hears the level of a recording and the student does not, so a random gain would only be noise in the labels
+    # DNSMOS depends on the level of a recording, which the student normalises: random gains would only be noise in the labels
     views_per_clip = 4 if not clips_per_level else 1
     w2s("views", "draw", bank, "--out", views, "--per-clip", views_per_clip, "--eval-per-clip", views_per_clip,
         "--seconds", "3", "--mix", "0", "--gain-db", "0,0")  # fmt: skip

@@ -65,8 +65,8 @@ def save(name: str, model: torch.nn.Module, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(settings))
 
 
-def normalised(name: str, waves: np.ndarray) -> np.ndarray:
-    """What the torch trunk hears of float32 [B, T]."""
+def normalise(name: str, waves: np.ndarray) -> np.ndarray:
+    """Normalise float32 [B, T] as the torch trunk expects it."""
     if name == "wavlm":
         return ((waves + 8.278621631819787e-05) / (0.08485510250851999 + 1e-6)).astype(np.float32)
     return ((waves - waves.mean(1, keepdims=True)) / np.sqrt(waves.var(1, keepdims=True) + 1e-7)).astype(np.float32)
@@ -91,11 +91,11 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count())
     samples = round(arguments.seconds * SAMPLING_RATE)
     waves = 0.1 * np.random.default_rng(0).standard_normal((arguments.batch, samples)).astype(np.float32)
-    heard = torch.from_numpy(normalised(name, waves)).to(torch_model.device, torch_model.dtype)
+    inputs = torch.from_numpy(normalise(name, waves)).to(torch_model.device, torch_model.dtype)
 
     @torch.inference_mode()
     def theirs():
-        hidden = torch_model(heard).last_hidden_state
+        hidden = torch_model(inputs).last_hidden_state
         if gpu:
             torch.cuda.synchronize()
         return hidden

@@ -99,7 +99,7 @@ def measure(files: list[Path], wave: np.ndarray, packages: Path, runs: int) -> t
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a model directory")
-    parser.add_argument("--audio", type=Path, help="a recording; its first 5 s are heard; default: noise")
+    parser.add_argument("--audio", type=Path, help="a recording; its first 5 s are used; default: noise")
     parser.add_argument("--against", type=Path, help="another .onnx file of one waveform, for 5 s")
     parser.add_argument("--packages", type=Path, default=Path("runs/web"), help="where npm puts onnxruntime-web")
     parser.add_argument("--runs", type=int, default=30)

@@ -498,6 +498,16 @@ def test_the_command_measures_beside_a_yardstick(small, tmp_path):
     assert f"{row['ratio']:.2f} of model.onnx" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_a_wrong_yardstick_is_refused_before_anything_is_converted(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "fp32_graph", lambda *_: pytest.fail("converted"))
+    with pytest.raises(UsageError, match=r"no model at .*/none\.onnx"):
+        export_student(small, tmp_path / "model", against=tmp_path / "none.onnx")
+    command = [sys.executable, "-m", "w2s_jax.cli", "export", small, "--out", tmp_path / "model"]
+    command += ["--no-measure", "--against", "a"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 2 and "--against asks for a measurement, --no-measure for none" in done.stderr
+
+
 def test_export_replaces_models_only(small, tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "PARITY_LENGTHS", ())
     (tmp_path / "model").mkdir()

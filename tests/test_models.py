@@ -18,8 +18,8 @@ import pytest
 from conftest import voice
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from w2s_jax import checkpoint, convert, models
-from w2s_jax.errors import MismatchError, UsageError, W2SError
+from w2s_jax import checkpoint, models
+from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.models import forms, mobilenet
 from w2s_jax.models.frontend import LogMel, fourier_kernels, mel_matrix, normalise
 from w2s_jax.models.norm import BatchNorm
@@ -673,42 +673,6 @@ def test_cnn14_is_torch_live(samples):
 def test_cnn14_has_the_published_count():
     # Cnn14 of PANNs with its 527 AudioSet classes; the front end is not counted there
     assert models.count(models.build("cnn14", dimensions=527))["trained"] == 80_753_615
-
-
-def check_17k(golden) -> None:
-    state = {key.removeprefix("weight/"): np.asarray(golden[key]) for key in golden if key.startswith("weight/")}
-    variables = convert.wav2small_17k(state)
-    logits = models.build("wav2small_17k").apply(variables, golden["wave"])
-    np.testing.assert_allclose(logits, golden["logits"], rtol=1e-5, atol=1e-5)
-    back = convert.published_17k(variables)
-    assert set(back) == set(state)
-    for name, array in state.items():
-        np.testing.assert_array_equal(back[name], array, err_msg=name)
-        assert back[name].shape == array.shape, name
-
-
-def test_the_published_17k_layout_loads_and_is_saved_again():
-    check_17k(np.load(GOLDEN.with_name("wav2small_17k.npz")))
-
-
-@pytest.mark.torch
-def test_the_published_17k_layout_live():
-    pytest.importorskip("torch")
-    from golden.wav2small_17k import golden_17k
-
-    check_17k(golden_17k())
-
-
-def test_another_layout_is_refused_with_its_differences():
-    golden = np.load(GOLDEN.with_name("wav2small_17k.npz"))
-    state = {key.removeprefix("weight/"): golden[key] for key in golden.files if key.startswith("weight/")}
-    state["vgg7.l8.conv.weight"] = state.pop("vgg7.l7.conv.weight")
-    state["adv.weight"] = state["adv.weight"][:, :-1]
-    state["adv.bias"] = state["adv.bias"] * np.nan
-    with pytest.raises(MismatchError) as caught:
-        convert.wav2small_17k(state)
-    for fault in ("- vgg7.l7.conv.weight", "+ vgg7.l8.conv.weight", "! adv.weight: (3, 337), expected (3, 338)", "! adv.bias"):
-        assert fault in str(caught.value)
 
 
 def hostile_configs():

@@ -29,7 +29,6 @@ from w2s_jax import train as training
 from w2s_jax.errors import MismatchError, UsageError, W2SError
 from w2s_jax.evaluate import evaluate, predict_views
 from w2s_jax.export.card import collect_facts, compose_card
-from w2s_jax.files import fingerprint
 from w2s_jax.labelling import label
 from w2s_jax.labels import Labels
 from w2s_jax.losses import distillation_loss
@@ -489,45 +488,6 @@ def test_a_warm_start_predicts_what_its_source_does_and_resumes_without_it(sourc
     assert config_json["pretrained"] == json.loads((work / "config.json").read_text())["pretrained"]
     assert config_json["pretrained"]["what"] == "student wav2small of teacher acoustic"
     assert config_json["pretrained"]["licence"] == about["teacher"]["licence"]
-
-
-def test_what_a_student_takes_over_from_another(run, labels):
-    student, variables, about = checkpoint.load_student(run[0])
-    taken, _ = convert.start("wav2small", student, labels.dimensions, run[0])
-    jax.tree.map(np.testing.assert_array_equal, taken, variables)
-    renamed, whence = convert.start(
-        "wav2small", models.build("wav2small", channels=2, dimensions=1), ("quality",), run[0] / "student"
-    )
-    assert set(variables["params"]) - set(renamed["params"]) == {"adv"}
-    assert whence["source"] == "student"
-    with pytest.raises(MismatchError, match=r"channels: 2 there, 13 here; n_fft: 64 there, 128 here"):
-        convert.start("wav2small", models.build("wav2small", n_fft=128), labels.dimensions, run[0])
-    with pytest.raises(MismatchError, match="student: wav2small there, wav2small_17k here"):
-        convert.start("wav2small_17k", models.build("wav2small_17k", channels=2), labels.dimensions, run[0])
-    with pytest.raises(UsageError, match="is a file, from which wav2small cannot start; expected the directory of"):
-        convert.start("wav2small", student, labels.dimensions, run[0] / "student" / "model.safetensors")
-    with pytest.raises(UsageError, match="no student at .*; to start wav2small, give the directory of"):
-        convert.start("wav2small", student, labels.dimensions, run[0] / "tensorboard")
-
-
-def test_what_a_student_takes_over_from_the_published_17k(tmp_path):
-    golden = np.load(Path(__file__).parent / "golden" / "wav2small_17k.npz")
-    state = {key.removeprefix("weight/"): golden[key] for key in golden.files if key.startswith("weight/")}
-    path = tmp_path / "model.safetensors"
-    save_file(state, path)
-    emotion = ("arousal", "dominance", "valence")
-    taken, about = convert.start("wav2small_17k", models.build("wav2small_17k"), emotion, path)
-    np.testing.assert_allclose(models.build("wav2small_17k").apply(taken, golden["wave"]), golden["logits"], atol=1e-5)
-    assert about == {
-        "source": "model.safetensors",
-        "fingerprint": fingerprint(path),
-        "what": "audEERING Wav2Small 17K",
-        "licence": "CC BY-NC-SA 4.0",
-    }
-    renamed, _ = convert.start("wav2small_17k", models.build("wav2small_17k"), ("clarity", "noise", "quality"), path)
-    assert set(taken["params"]) - set(renamed["params"]) == {"adv"}
-    with pytest.raises(UsageError, match="hop: 32 there, 48 here"):
-        convert.start("wav2small_17k", models.build("wav2small_17k", hop=48), emotion, path)
 
 
 @pytest.mark.slow

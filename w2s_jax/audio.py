@@ -38,6 +38,9 @@ from w2s_jax.errors import UsageError, W2SError
 #: Sampling rates outside of this, in Hz, are taken for a damaged header (or a slip of the caller's).
 RATES = (1_000, 1_000_000)
 
+#: Samples of 16 bits, at 1.0.
+FULL_SCALE = 32768
+
 #: Full scale is 1.0; a sample beyond this (+60 dB) is damage, or integers written as floating point without scaling.
 LARGEST = 1000.0
 

@@ -107,13 +107,13 @@ def _scale(low: float, high: float) -> float:
     if not peak:
         return 1.0
     scale = min(2.0 ** (1 - math.frexp(peak)[1]), _LARGEST_SCALE)  # the peak comes between 1 and 2
-    while round(high * scale * 32768) > 32767 or round(low * scale * 32768) < -32768:
+    while round(high * scale * audio.FULL_SCALE) > 32767 or round(low * scale * audio.FULL_SCALE) < -audio.FULL_SCALE:
         scale /= 2
     return scale
 
 
 def _quantise(wave: np.ndarray, scale: float) -> np.ndarray:
-    return np.rint(wave * np.float32(scale * 32768)).astype(np.int16)
+    return np.rint(wave * np.float32(scale * audio.FULL_SCALE)).astype(np.int16)
 
 
 def build(
@@ -694,7 +694,7 @@ class Bank:
 
     def wave(self, clip: int, samples: int | None = None) -> np.ndarray:
         """The waveform of one clip, or its first ``samples``: float32 [T], full scale is 1.0."""
-        return self.clip(clip)[:samples] / np.float32(32768 * self.scales[clip])
+        return self.clip(clip)[:samples] / np.float32(audio.FULL_SCALE * self.scales[clip])
 
     def excerpts(self, split: str, count: int, seconds: float, seed: int = 0) -> list[np.ndarray]:
         """The beginnings of up to ``count`` random clips of a split, float32 [T ≤ seconds] each."""

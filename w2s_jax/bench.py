@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from w2s_jax import SAMPLING_RATE, __version__, machine, names
+from w2s_jax import __version__, machine, names
 from w2s_jax.errors import UsageError
 from w2s_jax.files import write_atomic, write_json
 from w2s_jax.install import pip_install
@@ -95,12 +95,13 @@ def _draw_variables(student) -> dict:
     import jax
     import jax.numpy as jnp
 
+    from w2s_jax import models
     from w2s_jax.devices import computing
     from w2s_jax.models.frontend import LogMel
 
     generator = np.random.default_rng(0)
     with computing():
-        shapes = dict(jax.eval_shape(student.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE))))
+        shapes = models.shapes(student)
         logmel = LogMel(student.n_fft, student.hop, student.n_mels).init(jax.random.key(0), jnp.zeros((1, student.n_fft)))
 
     def draw_leaf(path, leaf) -> np.ndarray:
@@ -163,7 +164,7 @@ def bench(
         message(f"{name}: exported in {time.perf_counter() - began:.0f} s")
     if not files:
         raise UsageError("nothing to measure: name a student or a model file")
-    message(f"measuring {len(files)} files in {' and '.join(engines)}, {runs} runs each")
+    message(f"measuring {len(files)} {'file' if len(files) == 1 else 'files'} in {' and '.join(engines)}, {runs} runs each")
     figures = measure(files, seconds, runs, threads, progress=progress, against=against, engines=engines, message=message)
     if against is not None and not any(same_file(file, against) for file in files.values()):
         files[str(against)] = Path(against)

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
@@ -108,8 +106,7 @@ def load_student(directory: str | Path) -> tuple[nn.Module, dict, dict]:
     except SafetensorError as error:
         raise W2SError(f"{directory / WEIGHTS} is damaged: {error}") from error
     try:
-        seconds = max(SAMPLING_RATE, student.minimum_samples)
-        shapes = jax.eval_shape(student.init, jax.random.key(0), jax.ShapeDtypeStruct((1, seconds), jnp.float32))
+        shapes = models.shapes(student)
     except (TypeError, ValueError, ArithmeticError, MemoryError) as error:  # fields that are valid one by one, but not together
         raise W2SError(f"{directory / CONFIG}: its fields make no student: {line(error, 200)}") from error
     expected = {"/".join(path): leaf.shape for path, leaf in flatten_dict(shapes).items()}

@@ -143,8 +143,8 @@ def folder(source: Path, split_by: str = "none") -> list[Clip]:
         clips.append(Clip(file=os.path.join(source, relative), name=_name(relative), group=group))
     if not clips:
         raise CorpusError(
-            f"no audio in {printable(source)}: {others.total()} other files found, expected names that end in "
-            + " ".join(EXTENSIONS)
+            f"no audio in {printable(source)}: {others.total()} other files found, expected names that end in .wav, .flac, "
+            f".mp3, .ogg, .opus, .m4a or one of {len(EXTENSIONS) - 6} other endings"
         )
     if others:
         kinds = sorted(others.items(), key=lambda kind: (-kind[1], kind[0]))

@@ -216,13 +216,14 @@ def evaluate_teacher(
     limit = round(longest * SAMPLING_RATE)
     samples = np.minimum(bank.clips["samples"][clips], limit)
     predicted, done = np.empty((len(clips), len(names))), 0
-    devices = getattr(teacher, "devices", None)
-    widths = -(-samples // SAMPLING_RATE) * SAMPLING_RATE if devices else samples
-    for batch in batch_by_length(widths, batch_size * devices if devices else 1):
+    # teachers.attribute is out of reach: training imports this module, and does not know teachers
+    masks, devices = getattr(teacher, "masks", False), getattr(teacher, "devices", 1)
+    widths = -(-samples // SAMPLING_RATE) * SAMPLING_RATE if masks else samples
+    for batch in batch_by_length(widths, batch_size * devices if masks else 1):
         waves = np.zeros((len(batch), widths[batch[0]]), np.float32)
         for wave, clip, length in zip(waves, clips[batch], samples[batch], strict=True):
             wave[:length] = bank.wave(clip, length)
-        predicted[batch] = teacher(waves, samples[batch]) if devices else teacher(waves)
+        predicted[batch] = teacher(waves, samples[batch]) if masks else teacher(waves)
         done += len(batch)
         if progress:
             progress(done, len(clips))

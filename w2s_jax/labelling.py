@@ -20,7 +20,7 @@ from w2s_jax.errors import MismatchError, W2SError
 from w2s_jax.files import read_json, write_json
 from w2s_jax.locks import Shares
 from w2s_jax.render import render_on_host
-from w2s_jax.teachers import Teacher, label_with_members, provenance
+from w2s_jax.teachers import Teacher, attribute, label_with_members, provenance
 from w2s_jax.views import RENDERING, Views, batch_by_length
 
 #: Batches that are rendered ahead of the teacher.
@@ -60,8 +60,8 @@ def label(
         W2SError: the teacher gave a value that is not finite (names the view), or its weights are not the published ones.
     """
     views.check(bank)
-    if getattr(teacher, "doubt", None):
-        raise W2SError(teacher.doubt)
+    if doubt := attribute(teacher, "doubt"):
+        raise W2SError(doubt)
     out = Path(out)
     about = {
         "format": "w2s-labels",
@@ -102,7 +102,7 @@ def label(
 
         pending = deque()
         work = _shards(out, views, names, shares, advance)
-        for batch in _ahead(_batches(bank, views, work, batch_size * getattr(teacher, "devices", 1))):
+        for batch in _ahead(_batches(bank, views, work, batch_size * attribute(teacher, "devices"))):
             if batch is not None:
                 pending.append((batch, label_with_members(teacher, batch.waves)))
             while len(pending) > (batch is not None):  # the last values are stored while an accelerator computes the next

@@ -144,7 +144,7 @@ def measure_kinds(
     Raises:
         UsageError, W2SError: as in ``measure``.
     """
-    message(f"measuring {len(files)} files")
+    message(f"measuring {len(files)} {'file' if len(files) == 1 else 'files'}")
     figures = measure(files, 5.0, 20, 1, against=against)
     if line := compare_with_fp32({kind: figures[kind]["milliseconds"] for kind in files}):
         message(line)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from w2s_jax import audio
 from w2s_jax.bank import Bank
 from w2s_jax.devices import computing
 from w2s_jax.views import Views
@@ -130,7 +131,7 @@ def mix(own: Array, partner: Array, gain: Array, partner_level: Array) -> Array:
 
     A silent partner adds nothing.
     """
-    own, partner = own.astype(jnp.float32) / 32768.0, partner.astype(jnp.float32) / 32768.0
+    own, partner = own.astype(jnp.float32) / audio.FULL_SCALE, partner.astype(jnp.float32) / audio.FULL_SCALE
     own_power, partner_power = jnp.mean(own * own, axis=1), jnp.mean(partner * partner, axis=1)
     factor = jnp.where(partner_power > 0, partner_level * jnp.sqrt(own_power / jnp.maximum(partner_power, 1e-12)), 0.0)
     return gain[:, None] * (own + factor[:, None] * partner)

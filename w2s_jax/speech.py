@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from w2s_jax.audio import FULL_SCALE
 from w2s_jax.errors import UsageError, W2SError, missing_extra
 from w2s_jax.files import fingerprint, read_json, write_atomic
 
@@ -238,7 +239,7 @@ def synthesise(text: str, voice: str = "en-us", rate: int = 175, pitch: int = 50
         if _shared is None:
             _shared = _Espeak()
     wave = _shared.synthesise(text, voice, rate, pitch, range)
-    return wave.astype(np.float32) / 32768, _shared.sampling_rate
+    return wave.astype(np.float32) / FULL_SCALE, _shared.sampling_rate
 
 
 def make_corpus(

@@ -42,9 +42,9 @@ def main(out: Path) -> None:
     drawn = views.draw(bank, per_clip=2, eval_per_clip=2, seconds=(SECONDS,), mix=0.5)
     drawn.save(place / "views.parquet")
     labelling.label(bank, drawn, teachers.load("acoustic"), place / "labels")
-    heard = Labels.read(place / "labels", drawn)
+    labels = Labels.read(place / "labels", drawn)
     settings = config.load("wav2small", ["steps=4", "eval_every=2", "batch_size=4", "fields.channels=2", "scan_steps=1"])
-    train.train(settings, bank, drawn, heard, place / "run")
+    train.train(settings, bank, drawn, labels, place / "run")
     shutil.rmtree(place / "run" / "tensorboard", ignore_errors=True)
     (place / "run" / "training.png").unlink(missing_ok=True)
     waves = [bank.wave(clip) for clip in range(len(bank))]
@@ -58,7 +58,7 @@ def main(out: Path) -> None:
     probe = voice(1.0, 99)
     values = {
         "rendered": render.render_on_host(bank, drawn, np.arange(len(drawn))),
-        "labels": heard.values,
+        "labels": labels.values,
         "probe": probe,
         **{
             f"predicted_{kind}": list(Predictor(place / "model", kind=kind)(probe).values())

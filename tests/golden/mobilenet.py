@@ -88,5 +88,10 @@ def mobilenet_golden() -> dict[str, np.ndarray]:
     return arrays
 
 
+def state_of(golden, name: str) -> dict[str, np.ndarray]:
+    """The state dict with which timm computed the golden file's features."""
+    return weights(json.loads(str(golden[f"keys/{name}"])), SEEDS[name])
+
+
 if __name__ == "__main__":
     np.savez_compressed(sys.argv[1], **mobilenet_golden())

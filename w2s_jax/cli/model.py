@@ -71,6 +71,8 @@ def export(
     """
     if not run.is_dir():
         raise UsageError(f"no run at {run}: no such directory")
+    if against is not None and not measure:
+        raise UsageError("--against asks for a measurement, --no-measure for none; leave one of them out")
     require("export", "jax", "flax")
     from w2s_jax.export import export_student
 

@@ -63,7 +63,7 @@ class Reporter:
     def _print(self, done: int, total: int, figures: str) -> None:
         now, (printed, *before) = time.monotonic(), self._printed
         early = now - printed < 10 and (done < total or (self._brief and before[0] is None))
-        if early or [done, figures] == before:
+        if early or (done == before[0] and (done == total or figures == before[1])):
             return
         self._printed = (now, done, figures)
         rate = (done - self.initial) / max(now - self._first, 1e-9)

@@ -44,7 +44,7 @@ def label(
     Started several times with the same --out, on one machine or on several that share a file system, the processes share the
     work shard by shard, without further options. --distributed is for machines whose JAX must know all hosts (TPU slices).
     """
-    from w2s_jax import bank, labelling
+    from w2s_jax import bank, labelling, teachers
     from w2s_jax.views import Views
 
     o.join_processes(distributed, coordinator, processes, process)
@@ -59,7 +59,7 @@ def label(
     earlier = f", {'all' if before == about['count'] else before} of them earlier" if before else ""
     out.print(f"{into}: {about['count']} views labelled by {the_teacher.name} ({', '.join(the_teacher.dimensions)}){earlier}")
     out.print(f"  licence that a student inherits: {the_teacher.licence}")
-    if the_teacher.stand_in:
+    if teachers.attribute(the_teacher, "stand_in"):
         out.print("  this teacher is a stand-in: its values only imitate arousal, dominance and valence", style="yellow")
     finish({"labels": str(into), **about, "seconds": round(seconds, 1)}, as_json)
 

@@ -140,6 +140,7 @@ def _evaluate_teacher(
 ) -> tuple[dict, Path | None]:
     """Compare a teacher with people, print its scores; the report, and the files' path without suffix."""
     from w2s_jax import evaluate as evaluation
+    from w2s_jax import teachers
     from w2s_jax.bank import Bank
 
     bank = Bank(bank_path)
@@ -151,8 +152,8 @@ def _evaluate_teacher(
     _print_scores(report["human"], f"{name} against people's ratings, {split} split, {report['clips']} clips")
     if report["cut"]:
         out.print(f"{report['cut']} clips are longer than 30 s; only their first 30 s were used")
-    if getattr(teacher, "doubt", None):
-        Reporter.message(f"w2s: warning: {teacher.doubt}", style="yellow")
+    if doubt := teachers.attribute(teacher, "doubt"):
+        Reporter.message(f"w2s: warning: {doubt}", style="yellow")
     return report, into and into / f"teacher_{split}"
 
 

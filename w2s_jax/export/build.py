@@ -17,7 +17,7 @@ from w2s_jax.export import direct, litert
 from w2s_jax.export import onnx as graph
 from w2s_jax.export.compact import compact
 from w2s_jax.export.deploy import deploy, split_at_softmax
-from w2s_jax.export.plan import BLOCK, fill_channels, fold, merge
+from w2s_jax.export.plan import CHANNEL_BLOCK, fill_channels, fold, merge
 from w2s_jax.export.quantize import COVERAGE, quantize
 from w2s_jax.kinds import KINDS
 from w2s_jax.models.plan import Plan
@@ -67,9 +67,9 @@ def _where_to_fill(student) -> str:
     if _properties(student) is None:
         return "none"
     channels = direct.trunk_of(models.outline(student))[0].kernel.shape[0]
-    if channels < BLOCK:
+    if channels < CHANNEL_BLOCK:
         return "pool"
-    return "all" if -channels % BLOCK <= channels / 4 else "none"
+    return "all" if -channels % CHANNEL_BLOCK <= channels / 4 else "none"
 
 
 def _properties(student) -> tuple[str, ...] | None:

@@ -16,7 +16,7 @@ import numpy as np
 from w2s_jax.export.compact import GraphBuilder, fourier_values, make_fourier_kernels, round_to_integers, scatter, unpack
 from w2s_jax.export.deploy import TERMS
 from w2s_jax.export.onnx import LOGITS, OPSET, SIGNAL, session
-from w2s_jax.export.plan import BLOCK
+from w2s_jax.export.plan import CHANNEL_BLOCK
 from w2s_jax.export.quantize import COVERAGE, choose_coverage, cover
 from w2s_jax.models.plan import (
     AttentionPooling,
@@ -172,7 +172,7 @@ def _convolve(
     numbers, scales = round_to_integers(layer.kernel.transpose(0, 1, 3, 2), 0, largest)  # [out, in, time, mel]
     scales = scales.ravel()
     offsets = np.rint(layer.bias / (image.scale * scales.astype(np.float64))).astype(np.int32)
-    more, reach = -outputs % BLOCK, size // 2
+    more, reach = -outputs % CHANNEL_BLOCK, size // 2
     scales = np.pad(scales, (0, more), constant_values=1)
     offsets = builder.pad(builder.constant(offsets), [0], [more])
     attributes = {"kernel_shape": [size] * 2, "pads": [reach] * 4}
@@ -183,7 +183,7 @@ def _convolve(
         scales, offsets = (builder.node("Tile", x, np.array([mels])) for x in (scales, offsets))
         attributes = {"kernel_shape": [size, 1], "pads": [reach, 0] * 2, "strides": [stride, 1]}
     else:
-        kernel = builder.pad(builder.constant(numbers), [0] * 4, [more, -numbers.shape[1] % BLOCK, 0, 0])
+        kernel = builder.pad(builder.constant(numbers), [0] * 4, [more, -numbers.shape[1] % CHANNEL_BLOCK, 0, 0])
     made = np.float32(end / 255 or 1)  # the range begins at 0: so the convolution is the ReLU as well
     zeros = np.zeros((outputs + more) * mels, np.int8)
     inputs = (image.name, image.scale, image.zero, kernel, scales, zeros, made, NONE, offsets)
@@ -330,7 +330,7 @@ def _pool(builder: GraphBuilder, head: Sequence[Layer], image: Image, mels: int,
     Features that are pooled as places of an image are ordered (mel, channel), as that image is.
     """
     add = builder.node
-    channels = image.channels + -image.channels % BLOCK
+    channels = image.channels + -image.channels % CHANNEL_BLOCK
 
     def layer(weights: np.ndarray, centred: bool = False, moments: np.ndarray | None = None) -> tuple[str, float]:
         """Image times ``weights`` [channel, mel or 1, out] → float32 [time or time · mel, out]; and the bound of its values.

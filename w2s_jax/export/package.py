@@ -23,10 +23,10 @@ from w2s_jax.export.build import LARGEST, build, fp32_graph, kinds_of, make_prob
 from w2s_jax.export.card import collect_facts, compose_audonnx_yaml, compose_card
 from w2s_jax.files import write_atomic
 from w2s_jax.kinds import DEFAULT, FILES, INTEGER_KINDS, KINDS
-from w2s_jax.measure import measure_kinds
+from w2s_jax.measure import make_feeds, measure_kinds
 from w2s_jax.names import line
 from w2s_jax.runtime import Predictor
-from w2s_jax.runtime.session import REPORT
+from w2s_jax.runtime.session import REPORT, open_session
 
 #: Fewer calibration waves than this say nothing about the ranges, or about a CCC.
 LEAST_WAVES = 8
@@ -91,6 +91,8 @@ def export_student(
     if out.exists() and not (out / REPORT).exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not a model directory (it has no {REPORT}); choose another place")
     _check_replaceable(out)
+    if against is not None:
+        make_feeds(*open_session(against), 1.0)  # a wrong yardstick is reported before minutes of conversion
     student, variables, config = checkpoint.load_student(run_or_student_dir)
     source = checkpoint.find_student(run_or_student_dir)
     calibration, check = _split_waves(calibration, check, student.minimum_samples)

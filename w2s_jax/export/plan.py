@@ -14,7 +14,7 @@ import numpy as np
 from w2s_jax.models.plan import AttentionPooling, Convolution, Dense, Layer, MaxPool, Mel, Plan, Spectrum, Tokens
 
 #: onnxruntime's fast convolutions write so many channels at a time.
-BLOCK = 16
+CHANNEL_BLOCK = 16
 
 
 def fold(student, variables: Mapping) -> Plan:
@@ -62,7 +62,7 @@ def _merge(done: list[Layer], layer: Layer) -> list[Layer]:
 
 
 def fill_channels(plan: Plan, where: str) -> Plan:
-    """The same function, with zeros that fill up channels to a multiple of ``BLOCK`` where one convolution follows another.
+    """The same function; where one convolution follows another, zeros fill up channels to a multiple of ``CHANNEL_BLOCK``.
 
     Args:
         plan: what is no plain chain of convolutions and max pools is left as it is, as are 1×1 convolutions.
@@ -75,7 +75,7 @@ def fill_channels(plan: Plan, where: str) -> Plan:
         pooled = at + 1 < len(layers) and isinstance(layers[at + 1], MaxPool)
         behind = at + 2 if pooled else at + 1
         if behind < len(layers) and (where == "all" or pooled) and _are_a_chain(layer, layers[behind]):
-            more = -len(layer.bias) % BLOCK
+            more = -len(layer.bias) % CHANNEL_BLOCK
             widths = ((0, more), (0, 0), (0, 0), (0, 0))
             layers[at] = layer.replace(kernel=np.pad(layer.kernel, widths), bias=np.pad(layer.bias, (0, more)))
             kernel = np.pad(layers[behind].kernel, (widths[1], widths[0], *widths[2:]))

@@ -85,8 +85,9 @@ def _check_field(what: str, kind: str, value: object, limits: tuple | None) -> N
 
 @computing()
 def shapes(student: nn.Module) -> dict:
-    """A student's variables with shapes in the place of arrays; nothing is computed."""
-    return jax.eval_shape(student.init, jax.random.key(0), jax.ShapeDtypeStruct((1, SAMPLING_RATE), jnp.float32))
+    """The variables of a module that reads waveforms [B, T], with shapes in the place of arrays; nothing is computed."""
+    samples = max(SAMPLING_RATE, getattr(student, "minimum_samples", 0))
+    return jax.eval_shape(student.init, jax.random.key(0), jax.ShapeDtypeStruct((1, samples), jnp.float32))
 
 
 @computing()

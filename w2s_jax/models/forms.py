@@ -25,7 +25,7 @@ CHOICES = ("auto", "direct", "blocks", "native")
 #: CPU is ``trains_natively`` where it can be.
 FORMS = {"cpu": "direct", "gpu": "direct", "tpu": "blocks"}
 #: Mel bins of a block. With 13 channels, 7 of them are the most whose 91 outputs fit a matrix unit of 128.
-BLOCK = 7
+ROWS = 7
 
 
 def check_running(module: nn.Module) -> None:
@@ -48,8 +48,8 @@ def resolve(form: str) -> str:
 def trains_natively(form: str, kernel: int, stride: int, dtype, axis_name: str | None) -> bool:
     """Whether a trunk of such convolutions is trained by the compiled kernel (``native``).
 
-    "native" demands it; "auto" takes it on a CPU where it can be had. XLA cannot cut it up for several devices that share one
-    jitted step, so there "auto" wants a pmap's ``axis_name``.
+    "native" demands it; "auto" takes it on a CPU where it can be had. XLA cannot divide a kernel of ours over devices, so on
+    several of them "auto" takes it only where the step is written for one device: with an ``axis_name`` to reduce over.
 
     Raises:
         UsageError: the form is "native", and the kernel cannot be had, or has no such convolution.
@@ -120,12 +120,12 @@ def convolve_in_blocks(x: Array, kernel: Array) -> Array:
     What is left is a convolution of three taps over time, from 9·C to 7·channels; blocks do not see each other.
     """
     batch, time, mel, inputs = x.shape
-    blocks = -(-mel // BLOCK)
-    grid = jnp.pad(x, ((0, 0), (0, 0), (1, (blocks + 1) * BLOCK - mel - 1), (0, 0)))
-    grid = grid.reshape(batch, time, blocks + 1, BLOCK, inputs)
+    blocks = -(-mel // ROWS)
+    grid = jnp.pad(x, ((0, 0), (0, 0), (1, (blocks + 1) * ROWS - mel - 1), (0, 0)))
+    grid = grid.reshape(batch, time, blocks + 1, ROWS, inputs)
     seen = jnp.concatenate([grid[:, :, :-1], grid[:, :, 1:, :2]], axis=3).reshape(batch, time, blocks, -1)
-    out = _convolve(seen, _band_matrices(kernel, BLOCK + 2, BLOCK)[:, None], (1, 1), (1, 0))
-    return out.reshape(batch, time, blocks * BLOCK, -1)[:, :, :mel]
+    out = _convolve(seen, _band_matrices(kernel, ROWS + 2, ROWS)[:, None], (1, 1), (1, 0))
+    return out.reshape(batch, time, blocks * ROWS, -1)[:, :, :mel]
 
 
 def _convolve(x: Array, kernel: Array, stride: tuple[int, int], padding: int | tuple[int, int]) -> Array:

@@ -211,7 +211,7 @@ def trunk(
         kernels: of the blocks, float32 [3, 3, Cᵢ₋₁, Cᵢ], at least one.
         gammas, betas: of the BatchNorms, float32 [Cᵢ].
         before: blocks before the pool, 1 to all.
-        axis_name: of a pmap whose devices share one global batch, for the moments.
+        axis_name: the axis of the devices that share one global batch (of ``shard_map`` or ``pmap``), for the moments.
         epsilon: of BatchNorm.
 
     Returns:

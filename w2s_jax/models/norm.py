@@ -77,8 +77,7 @@ class BatchNorm(nn.Module):
     """BatchNorm of an image [B, time, mel, C], with the parameters and statistics of ``nn.BatchNorm``; then ReLU, if asked.
 
     Momentum and epsilon are PyTorch's defaults, which the published students used. Moments and running statistics are float32,
-    the image may be bfloat16. Under a pmap with ``axis_name`` the moments are those of the whole global
-    batch.
+    the image may be bfloat16. With an ``axis_name`` (of ``shard_map`` or ``pmap``) the moments are those of the global batch.
     """
 
     relu: bool = False

@@ -74,7 +74,7 @@ class VGG(nn.Module):
         after: blocks behind it, at least 0.
         kernel: odd size of the blocks' convolutions.
         stride: of the first convolution, over time and mel alike.
-        axis_name: of a pmap, for BatchNorm.
+        axis_name: the axis of the devices that share one global batch (of ``shard_map`` or ``pmap``), for BatchNorm.
         form: of the 3×3 convolutions, one of ``forms.CHOICES``; another form is another way to the same results. On CPUs "auto"
             trains with the compiled kernel of ``native`` where that is available.
     """

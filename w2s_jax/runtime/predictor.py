@@ -22,7 +22,7 @@ CARRIED, NEXT = ("state", "first", "last"), "next"
 #: The largest state of the kind "chunked" that a file may ask for, in features; the students here have some hundred.
 MOST_FEATURES = 1 << 16
 #: Samples of a block, where a recording is read block by block.
-BLOCK = 1 << 18
+SAMPLES_AT_ONCE = 1 << 18
 #: Larger samples are refused: the mean of their squares, which the network divides by, would overflow float32.
 LOUDEST = 1e15
 #: Calls of more samples than these (30 s) free their memory at the end; shorter ones keep it for the next call.
@@ -345,7 +345,7 @@ class ChunkRunner:
 
     def feeds(self, wave: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
         """The model's inputs for each chunk of float32 [T]; ``state`` is the first one in all of them."""
-        blocks = [slice(start, start + BLOCK) for start in range(0, len(wave), BLOCK)]
+        blocks = [slice(start, start + SAMPLES_AT_ONCE) for start in range(0, len(wave), SAMPLES_AT_ONCE)]
         mean = sum(wave[block].sum(dtype=np.float64) for block in blocks) / len(wave)
         power = sum(np.square(wave[block] - mean).sum(dtype=np.float64) for block in blocks) / len(wave)
         scale = 1 / np.sqrt(power + NORM_EPSILON)
@@ -420,12 +420,12 @@ def _check_samples(wave: np.ndarray, position: int, row: int | None = None) -> n
         raise UsageError(f"expected floating-point samples of about -1..1, got {wave.dtype} (divide integers by full scale)")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
         wave = wave.astype(np.float32, copy=False)
-    for start in range(0, len(wave), BLOCK):
-        finite = np.isfinite(wave[start : start + BLOCK])
+    for start in range(0, len(wave), SAMPLES_AT_ONCE):
+        finite = np.isfinite(wave[start : start + SAMPLES_AT_ONCE])
         if not finite.all():
             first = start + int(finite.argmin())
             raise W2SError(f"sample {position + (first % row if row else first)} is {wave[first]}, expected finite samples")
-        if max(-wave[start : start + BLOCK].min(), wave[start : start + BLOCK].max()) > LOUDEST:
+        if max(-wave[start : start + SAMPLES_AT_ONCE].min(), wave[start : start + SAMPLES_AT_ONCE].max()) > LOUDEST:
             raise W2SError(f"samples are larger than {LOUDEST:g}, whose squares overflow; expected about -1..1")
     return wave
 

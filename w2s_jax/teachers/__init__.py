@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -27,11 +29,7 @@ NEURAL = ("paper", "wavlm", "wav2vec2")
 
 
 class Teacher(Protocol):
-    """Labels waveforms.
-
-    A teacher that is made of others also has ``members`` (teachers), ``each`` (waves → a list of every member's labels) and
-    ``mean`` (that list → the teacher's labels); one with published weights has ``about`` (a dict for provenance),
-    ``parameters``, ``devices`` (how many share a batch), ``golden`` and ``doubt`` (see ``neural.NeuralTeacher``).
+    """Labels waveforms. A teacher needs the first four attributes; the others it may leave out (see ``attribute``).
 
     Attributes:
         name: as given to ``load``, without a path.
@@ -39,17 +37,37 @@ class Teacher(Protocol):
         fingerprint: changes whenever the outputs would.
         licence: the terms that a student of this teacher inherits.
         stand_in: True where the values only imitate the real thing.
+        devices: how many share a batch.
+        masks: True where a second argument, int [B], may say how many samples of each row count.
+        parameters: number of weights.
+        about: what else provenance says of it.
+        doubt: why its labels cannot be trusted; ``label`` refuses a teacher with a doubt.
+        golden: largest difference to a published golden value.
+        members: the teachers that it is made of. With them it has two methods: ``each`` (waves → a list of every member's
+            labels) and ``mean`` (that list → the teacher's labels).
     """
 
     name: str
     dimensions: tuple[str, ...]
     fingerprint: str
     licence: str
-    stand_in: bool
+    stand_in: bool = False
+    devices: int = 1
+    masks: bool = False
+    parameters: int | None = None
+    about: Mapping = MappingProxyType({})
+    doubt: str | None = None
+    golden: float | None = None
+    members: tuple[Teacher, ...] = ()
 
     def __call__(self, waves: np.ndarray) -> np.ndarray:
         """float32 16 kHz mono [B, T] → float32 [B, dimensions]; a row does not depend on the rest of its batch."""
         ...
+
+
+def attribute(teacher: Teacher, name: str):
+    """An attribute of a teacher, or that of ``Teacher`` where it left it out."""
+    return getattr(teacher, name, getattr(Teacher, name))
 
 
 def load(
@@ -132,7 +150,7 @@ def load(
 
 def label_with_members(teacher: Teacher, waves: np.ndarray) -> list:
     """Label float32 [B, T] by a teacher and by each of its members, if it has any: arrays [B, D]."""
-    if not getattr(teacher, "members", ()):
+    if not attribute(teacher, "members"):
         return [teacher(waves)]
     each = teacher.each(waves)
     return [teacher.mean(each), *each]
@@ -145,10 +163,10 @@ def provenance(teacher: Teacher) -> dict:
         "dimensions": list(teacher.dimensions),
         "fingerprint": teacher.fingerprint,
         "licence": teacher.licence,
-        "stand_in": teacher.stand_in,
-        **getattr(teacher, "about", {}),
+        "stand_in": attribute(teacher, "stand_in"),
+        **attribute(teacher, "about"),
     }
-    members = getattr(teacher, "members", ())
+    members = attribute(teacher, "members")
     return {**about, "members": [provenance(member) for member in members]} if members else about
 
 
@@ -165,7 +183,7 @@ def check(teacher: Teacher, batch_size: int = 4, seconds: float = 5.0) -> dict:
         ``devices``, ``batch_size``, ``seconds``, ``views_per_second`` and ``seconds_per_hour`` (of audio). The speed is the
         median of three batches of noise, after one that compiles.
     """
-    devices = getattr(teacher, "devices", 1)
+    devices = attribute(teacher, "devices")
     shape = batch_size * devices, round(seconds * SAMPLING_RATE)
     waves = 0.1 * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     times = []
@@ -174,12 +192,12 @@ def check(teacher: Teacher, batch_size: int = 4, seconds: float = 5.0) -> dict:
         np.asarray(teacher(waves))
         times.append(time.perf_counter() - began)
     rate = len(waves) / float(np.median(times[1:]))
-    golden = {member.name: getattr(member, "golden", None) for member in getattr(teacher, "members", (teacher,))}
+    golden = {member.name: attribute(member, "golden") for member in attribute(teacher, "members") or (teacher,)}
     return {
         **provenance(teacher),
-        "parameters": getattr(teacher, "parameters", None),
+        "parameters": attribute(teacher, "parameters"),
         "golden_difference": {name: value for name, value in golden.items() if value is not None},
-        "doubt": getattr(teacher, "doubt", None),
+        "doubt": attribute(teacher, "doubt"),
         "devices": devices,
         "batch_size": batch_size,
         "seconds": seconds,

@@ -15,6 +15,7 @@ class Ensemble:
     """
 
     stand_in = False
+    masks = True
 
     def __init__(self, name: str, members: tuple[NeuralTeacher, ...]) -> None:
         self.name, self.members = name, members

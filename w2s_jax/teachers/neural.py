@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from w2s_jax import DIMENSIONS, SAMPLING_RATE
+from w2s_jax import DIMENSIONS, SAMPLING_RATE, models
 from w2s_jax.devices import computing, free_memory
 from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.files import fingerprint
@@ -64,6 +64,7 @@ class NeuralTeacher:
 
     dimensions = DIMENSIONS
     stand_in = False
+    masks = True
 
     @computing()
     def __init__(
@@ -81,7 +82,7 @@ class NeuralTeacher:
             low = half and trunk and path[-1] == "kernel"
             return jax.device_put(array.astype(jnp.bfloat16) if low else array, everywhere)
 
-        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, SAMPLING_RATE)))["params"]
+        shapes = models.shapes(module)["params"]
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         self.params = weights.read(checkpoint, shapes, place)
         self.about = {

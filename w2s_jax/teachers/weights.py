@@ -67,7 +67,7 @@ def find(repository: str, member: str, checkpoint_dir: str | os.PathLike | None,
                 f"no checkpoint of teacher {member} at {root}: expected {CONFIG} and {WEIGHTS} of {repository} there or in "
                 f"its folder {member}/ or {repository.split('/')[1]}/"
             )
-        weights = _weights(directory, repository)
+        weights = _find_weights(directory, repository)
     commit = directory.name if directory.parent.name == "snapshots" else None
     note = directory / ".cache" / "huggingface" / "download" / f"{WEIGHTS}.metadata"  # left by `hf download --local-dir`
     if note.is_file():
@@ -87,7 +87,7 @@ def expect(checkpoint: Checkpoint, config: object, settings: dict) -> None:
         raise UsageError(f"{checkpoint.directory} is another build than {checkpoint.repository}: {'; '.join(wrong)}")
 
 
-def _listed(index: Path) -> list[str]:
+def _read_index(index: Path) -> list[str]:
     """The files that an index of shards names."""
     names = read_json(index, "checkpoint").get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -95,12 +95,12 @@ def _listed(index: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
-def _weights(directory: Path, repository: str) -> tuple[Path, ...]:
+def _find_weights(directory: Path, repository: str) -> tuple[Path, ...]:
     """The safetensors files of a directory, one or as its index lists them."""
     if (directory / WEIGHTS).is_file():
         return (directory / WEIGHTS,)
     if (directory / INDEX).is_file():
-        names = _listed(directory / INDEX)
+        names = _read_index(directory / INDEX)
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise UsageError(
@@ -127,7 +127,7 @@ def _download(repository: str, revision: str | None) -> tuple[Path, tuple[Path, 
     if index is None:
         lacking = f"{WEIGHTS} (pickled weights are never read)" if config else CONFIG
         raise UsageError(f"{repository} has no {lacking}; {_offline(repository)}")
-    return config.parent, tuple(filter(None, (_fetch(repository, name, revision) for name in _listed(index))))
+    return config.parent, tuple(filter(None, (_fetch(repository, name, revision) for name in _read_index(index))))
 
 
 def _fetch(repository: str, name: str, revision: str | None) -> Path | None:
@@ -177,8 +177,8 @@ SPELLINGS = {"parametrizations.weight.original0": "weight_g", "parametrizations.
 
 
 @contextlib.contextmanager
-def _opened(checkpoint: Checkpoint, file: Path) -> Iterator:
-    """A safetensors file, whose faults are told with what to do."""
+def _open(checkpoint: Checkpoint, file: Path) -> Iterator:
+    """Open a safetensors file; errors say what is wrong with it and what to do."""
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:
@@ -192,8 +192,8 @@ def _opened(checkpoint: Checkpoint, file: Path) -> Iterator:
         ) from error
 
 
-def _names(checkpoint: Checkpoint, file: Path) -> list[str]:
-    with _opened(checkpoint, file) as tensors:
+def _list_tensors(checkpoint: Checkpoint, file: Path) -> list[str]:
+    with _open(checkpoint, file) as tensors:
         return list(tensors.keys())
 
 
@@ -227,9 +227,9 @@ def read(checkpoint: Checkpoint, expected: dict, place: Callable[[tuple[str, ...
         for path, leaf in flatten_dict(expected).items()
     }
     tree, faults, found = {}, [], set()
-    bare = unwrapped(key for file in checkpoint.files for key in _names(checkpoint, file))
+    bare = unwrapped(key for file in checkpoint.files for key in _list_tensors(checkpoint, file))
     for file in checkpoint.files:
-        with _opened(checkpoint, file) as tensors:
+        with _open(checkpoint, file) as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 name = bare[key]
                 for new, old in SPELLINGS.items():
