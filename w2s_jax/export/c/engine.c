@@ -469,6 +469,16 @@ static int predict(void *memory, size_t bytes, const recording *from, float *val
     return W2S_OK;
 }
 
+size_t w2s_predict_bytes(void)
+{
+    return W2S_PREDICT_BYTES;
+}
+
+size_t w2s_scratch_bytes(void)
+{
+    return W2S_SCRATCH_BYTES;
+}
+
 int w2s_predict(void *memory, size_t bytes, const float *samples, size_t count, float *values)
 {
     recording from;

@@ -18,6 +18,8 @@ import numpy as np
 
 from w2s_jax import NORM_EPSILON, SAMPLING_RATE, __version__
 from w2s_jax.errors import UsageError
+from w2s_jax.kinds import HEADER, SOURCE
+from w2s_jax.names import line
 from w2s_jax.export.plan import merge
 from w2s_jax.models.plan import (
     AttentionPooling,
@@ -246,7 +248,7 @@ def _head(network: Network) -> np.ndarray:
     return np.concatenate([np.pad(part, ((0, 0), (0, fill))) for part in parts], axis=1)
 
 
-def _bytes(sizes: Mapping[str, int], cell: int) -> dict[str, str]:
+def _bytes(sizes: Mapping[str, int], cell: int) -> dict[str, int]:
     """Bytes of the structures of engine.c, whose ``CHECK`` compares them with what the compiler makes of it."""
     filled = {name: -(-sizes[name] // PANEL) * PANEL for name in ("PARTS_OF_SPECTRUM", "BANDS", "CHANNELS", "FEATURES")}
     wide, channels, reach, frames = filled["CHANNELS"], sizes["CHANNELS"], sizes["REACH"], sizes["FRAMES"]
@@ -269,10 +271,11 @@ def _bytes(sizes: Mapping[str, int], cell: int) -> dict[str, str]:
     sums, block = (12 * pooled, 8 * places * sizes["FEATURES"]) if sizes["W2S_ATTENTION"] else (4 + 8 * pooled,) * 2
     work = _words(8 * frames + max(4 * front, trunk, 4 * GROUP * token, sums + block) + cell * images)
     return {
-        "predict_bytes": f"({pipeline + work + 2 * sums + block + LINE + _words(cell * GROUP * sizes['TOKEN'])} + "
-        f"W2S_BATCH * {4 * token + cell * sizes['TOKEN']})",
-        "scratch_bytes": f"{work + LINE}",
-        "stream_bytes": f"({44 + sums + pipeline} + ((window) / (hop) - 1) * {block})",
+        "predict_base": pipeline + work + 2 * sums + block + LINE + _words(cell * GROUP * sizes["TOKEN"]),
+        "predict_token": 4 * token + cell * sizes["TOKEN"],
+        "scratch_bytes": work + LINE,
+        "stream_base": 44 + sums + pipeline,
+        "stream_block": block,
     }
 
 
@@ -314,13 +317,14 @@ def _compose(
         macros += f"\n#define DEVIATION_EPSILON {np.float32(network.pooling.epsilon)!s}f"
     names = facts["dimensions"].split(",")
     texts = f"const char *const w2s_dimensions[W2S_DIMENSIONS] = {{{', '.join(map(_text, names))}}};\n"
+    token, step = 2 * sizes["STRIDE"] * sizes["W2S_HOP"], sizes["FRAMES"] * sizes["W2S_HOP"]
+    first = sizes["SAMPLES"] - step + -(-(sizes["LAG"] + 1) // GROUP) * step
+    latency = sizes["SAMPLES"] + sizes["LAG"] * token
+    facts = dict(facts) | {"token_samples": str(token), "latency_samples": str(latency)}
     texts += f"const char *const w2s_metadata =\n    {_text(json.dumps(dict(facts), ensure_ascii=False))};\n"
     body = "\n".join([macros, "", codes[0], texts, weights, *codes[1:]])
+    memory = _bytes(sizes, 1 if part == "int8" else 4)
     template = Template((PLACE / "model.h").read_text("utf-8"))
-    token = 2 * sizes["STRIDE"] * sizes["W2S_HOP"]
-    step = sizes["FRAMES"] * sizes["W2S_HOP"]
-    steps = -(-(sizes["LAG"] + 1) // GROUP)
-    overlap = sizes["SAMPLES"] - step
     header = template.substitute(
         title=_comment(f"{facts.get('student', 'a student')}: {SAMPLING_RATE} Hz mono speech in, {', '.join(names)} out."),
         about=_comment(_describe(facts)),
@@ -330,14 +334,28 @@ def _compose(
         dimensions=len(names),
         minimum=plan.minimum_samples,
         token=token,
-        first=overlap + steps * step,
-        latency=overlap + step + sizes["LAG"] * token,
+        first=first,
+        latency=latency,
         batch=BATCH,
-        **_bytes(sizes, 1 if part == "int8" else 4),
+        **memory,
     )
     intro = f'/* Made by w2s_jax {__version__}; see w2s_model.h. */\n\n#include "w2s_model.h"\n\n'
-    example = (PLACE / "example.c").read_text("utf-8")
-    return {name: text.encode() for name, text in (("w2s_model.h", header), ("w2s_model.c", intro + body), ("example.c", example))}
+    files = {HEADER: header, SOURCE: intro + body, "example.c": (PLACE / "example.c").read_text("utf-8")}
+    files["README.md"] = Template((PLACE / "README.template.md").read_text("utf-8")).substitute(
+        title=line(facts.get("student", "A student")),
+        what="8-bit" if part == "int8" else "float32",
+        flags="-ffp-contract=off" if part == "int8" else "-ffp-contract=fast",
+        names=", ".join(names),
+        minimum=plan.minimum_samples,
+        latency=f"{1000 * latency / SAMPLING_RATE:.0f}",
+        stream=f"{memory['stream_base'] + 19 * memory['stream_block']:,}",
+        scratch=f"{memory['scratch_bytes']:,}",
+        predict=f"{memory['predict_base'] + BATCH * memory['predict_token']:,}",
+        small=f"{memory['predict_base'] + GROUP * memory['predict_token']:,}",
+        teacher=line(facts.get("teacher", "not recorded")),
+        licence=line(facts.get("licence", "not recorded")),
+    )
+    return {name: text.encode() for name, text in files.items()}
 
 
 def _describe(facts: Mapping[str, str]) -> str:

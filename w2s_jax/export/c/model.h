@@ -45,7 +45,8 @@ extern const char *const w2s_metadata;
 #ifndef W2S_BATCH
 #define W2S_BATCH $batch /* tokens that are multiplied at once, a multiple of 4: fewer need less memory, more are faster */
 #endif
-#define W2S_PREDICT_BYTES $predict_bytes
+#define W2S_PREDICT_BYTES ($predict_base + W2S_BATCH * $predict_token)
+size_t w2s_predict_bytes(void); /* the same, for callers that do not read this file */
 int w2s_predict(void *memory, size_t bytes, const float *samples, size_t count, float *values);
 int w2s_predict_int16(void *memory, size_t bytes, const int16_t *samples, size_t count, float *values);
 
@@ -63,7 +64,8 @@ memory (W2S_SCRATCH_BYTES) keeps nothing from call to call, and streams may shar
 changes no bit of any value. */
 enum { W2S_RUNNING = 0, W2S_WINDOW = 1 };
 #define W2S_SCRATCH_BYTES $scratch_bytes
-#define W2S_STREAM_BYTES(window, hop) $stream_bytes
+size_t w2s_scratch_bytes(void);
+#define W2S_STREAM_BYTES(window, hop) ($stream_base + ((window) / (hop) - 1) * $stream_block)
 #define W2S_WINDOW_STREAM_BYTES(window) (24 + 4 * (window))
 size_t w2s_stream_bytes(int normalisation, uint32_t window, uint32_t hop); /* 0 for settings that cannot be */
 int w2s_stream_init(void *stream, size_t bytes, int normalisation, uint32_t window, uint32_t hop);
