@@ -29,7 +29,11 @@ FLAGS = ("-std=gnu99", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 CONTRACT = {True: "-ffp-contract=fast", False: "-ffp-contract=off"}
 NATIVE = {"x86_64": ("-march=native", "-mprefer-vector-width=512"), "aarch64": ("-mcpu=native",), "arm64": ("-mcpu=native",)}
 #: The error codes of w2s_model.h that a caller of this module can meet.
-_ERRORS = {-3: "too few samples, or too many", -4: "a sample is not finite, or beyond 1e15", -6: "no state of a stream of this model"}
+_ERRORS = {
+    -3: "too few samples, or too many",
+    -4: "a sample is not finite, or beyond 1e15",
+    -6: "no state of a stream of this model",
+}
 OK, _EARLY = 0, -7
 #: The values of w2s_model.h for the normalisation of a stream.
 NORMALISATIONS = {"running": 0, "window": 1}

@@ -84,7 +84,9 @@ class Stream:
         """
         rate, at = self._predictor.sampling_rate, 0
         while at < len(samples):
-            due = self.window - self._pushed if self._pushed < self.window else self.hop - (self._pushed - self.window) % self.hop
+            due = (
+                self.window - self._pushed if self._pushed < self.window else self.hop - (self._pushed - self.window) % self.hop
+            )
             piece = samples[at : at + due]
             self.push(piece)
             at += len(piece)

@@ -3,6 +3,14 @@
 The compiler's vector extensions, as wide as the processor's registers; where there are none, a vector is one number and the same
 code is plain C99. */
 
+#if defined(W2S_EXACT) /* products are rounded before they are added, so that every processor says the same */
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+#endif
+
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline, unused))
 #else
@@ -34,8 +42,10 @@ typedef float vector;
 #if LANES > 1
 typedef int32_t mask __attribute__((vector_size(4 * LANES)));
 #define RECTIFY(x) ((vector)((mask)(x) & ((x) > (vector){0})))
+#define MOST(a, b) ((vector)(((mask)(a) & ((a) > (b))) | ((mask)(b) & ~((a) > (b)))))
 #else
 #define RECTIFY(x) ((x) > 0.0f ? (x) : 0.0f)
+#define MOST(a, b) LARGER(a, b)
 #endif
 
 #if defined(__GNUC__)

@@ -256,7 +256,7 @@ typedef struct {
     union {
         front_work front;
         trunk_work trunk;
-        float products[GROUP * PRODUCTS_OF_TOKEN];
+        pun products[GROUP * PRODUCTS_OF_TOKEN];
         struct {
             sums all;
             block last;
@@ -300,15 +300,15 @@ static void pool(cell *to, const cell *image, cell *largest, int32_t first)
         for (int mel = 0; mel < MELS_AFTER; mel++) {
             const cell *from = image + n * APART(MELS) + (MARGIN + 2 * mel) * CHANNELS;
             const cell *above = mel ? from - CHANNELS : from, *below = 2 * mel + 1 < MELS ? from + CHANNELS : from;
-            cell *known = largest + mel * WIDE, column[WIDE], both[WIDE];
-            for (int i = 0; i < WIDE; i++) {
-                const cell pair = LARGER(from[i], above[i]);
-                column[i] = LARGER(pair, below[i]);
-                both[i] = LARGER(known[i], column[i]);
-                known[i] = last ? column[i] : both[i];
+            cell *known = largest + mel * WIDE, column[WIDE];
+            larger(column, from, above);
+            larger(column, column, below);
+            if (last) {
+                larger(to + (MARGIN + mel) * CHANNELS, known, column); /* what is too much lies where the next row will be */
+                keep(known, column, WIDE);
+            } else {
+                larger(known, known, column);
             }
-            if (last)
-                keep(to + (MARGIN + mel) * CHANNELS, both, WIDE); /* what is too much lies where the next row will be */
         }
         if (last)
             to += APART(MELS_AFTER);
@@ -366,7 +366,7 @@ static int advance(pipeline *p, workspace *w, int32_t frames)
 
 typedef struct {
     workspace work;
-    float products[W2S_BATCH * PRODUCTS_OF_TOKEN];
+    pun products[W2S_BATCH * PRODUCTS_OF_TOKEN];
     sums now, all; /* of the block that is being added up, and of those before */
     block done;
     pipeline pipe;
@@ -453,7 +453,7 @@ static int predict(void *memory, size_t bytes, const recording *from, float *val
         while (waiting >= W2S_BATCH || (waiting && done == end)) {
             const int count = waiting < W2S_BATCH ? waiting : W2S_BATCH;
             multiply_tokens(state->products, state->tokens, W2S_BATCH);
-            add_tokens(&state->now, state->products, 0, count);
+            add_tokens(&state->now, &state->products->number, 0, count);
             waiting -= count;
             keep(state->tokens, state->tokens + count * TOKEN, waiting * TOKEN);
             if (++batches % (TOKENS_OF_BLOCK / W2S_BATCH) == 0) { /* sums of few numbers lose few digits */
@@ -632,7 +632,7 @@ static void listen(stream *s, workspace *work)
         }
         for (end = first; end < count && s->phase < s->about.hop; end++)
             s->phase += W2S_TOKEN_SAMPLES;
-        add_tokens(&s->now, work->u.products, first, end);
+        add_tokens(&s->now, &work->u.products->number, first, end);
     }
     s->begun = 1;
 }

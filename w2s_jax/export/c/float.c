@@ -32,6 +32,15 @@ INLINE void keep(cell *to, const cell *from, int count)
     copy(to, from, count);
 }
 
+/* The larger ones of WIDE numbers each. */
+INLINE void larger(cell *to, const cell *a, const cell *b)
+{
+    for (int i = 0; i < WIDE; i += LANES) {
+        const vector one = LOAD(a + i), other = LOAD(b + i);
+        STORE(to + i, MOST(one, other));
+    }
+}
+
 INLINE void silence(cell *column)
 {
     fill(column, SILENT, IMAGE_COLUMN);
@@ -269,8 +278,8 @@ INLINE void finish_columns(cell *image, int mels, int layer, const trunk_work *w
 #endif
 
 /* Tokens [TOKENS][TOKEN] → scores and values [TOKENS][PLACES][PARTS][FILLED(FEATURES)]. */
-INLINE void multiply_tokens(float *products, const cell *tokens, int count)
+INLINE void multiply_tokens(pun *products, const cell *tokens, int count)
 {
     const float *const from[1] = {tokens};
-    multiply(products, PARTS * FILLED(FEATURES), from, DEPTH, head_kernel, count * PLACES, 1, DEPTH, PARTS * FILLED(FEATURES));
+    multiply(&products->number, PARTS * FILLED(FEATURES), from, DEPTH, head_kernel, count * PLACES, 1, DEPTH, PARTS * FILLED(FEATURES));
 }

@@ -10,103 +10,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
 import numpy as np
 
-from w2s_jax import NORM_EPSILON, SAMPLING_RATE, __version__
-from w2s_jax.errors import UsageError
+from w2s_jax import SAMPLING_RATE, __version__
+from w2s_jax.export.c.network import BATCH, GROUP, PANEL, Network, head_matrix, sizes_of, take_apart
+from w2s_jax.export.c.quantise import Numbers
 from w2s_jax.kinds import HEADER, SOURCE
+from w2s_jax.models.plan import Plan
 from w2s_jax.names import line
-from w2s_jax.export.plan import merge
-from w2s_jax.models.plan import (
-    AttentionPooling,
-    Convolution,
-    Dense,
-    Gram,
-    Log,
-    MaxPool,
-    Mel,
-    MomentPooling,
-    Normalise,
-    Plan,
-    Spectrum,
-    Tokens,
-)
 
 PLACE = Path(__file__).parent
-#: Columns of a matrix that lie together; PANEL in basics.c.
-PANEL = 16
-#: Columns that a convolution writes at once, tokens that are multiplied at once in a whole recording, and tokens of a block.
-GROUP, BATCH, BLOCK = 4, 12, 252
 #: Bytes that work memory may be moved by, to a line of the cache; LINE in basics.c.
 LINE = 64
 #: numpy's type → C's.
 C_TYPES = {"f4": "float", "i1": "int8_t", "i4": "int32_t"}
 #: Winograd's F(4, 3) of a kernel [3] over time (Lavin and Gray, arXiv 1509.09308).
 WINOGRAD = np.array(
-    [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
+    [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ]
 )
 WINOGRAD_OF_TWO = np.array([[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, -1]])
-
-
-@dataclass(frozen=True)
-class Network:
-    """A plan of the Wav2Small family, taken apart."""
-
-    normalise: Normalise
-    spectrum: Spectrum
-    mel: Mel
-    log: Log
-    before: list[Convolution]
-    after: list[Convolution]
-    mix: Convolution | None
-    pooling: AttentionPooling | MomentPooling
-    gram: bool
-    output: Dense
-
-
-def take_apart(plan: Plan) -> Network:
-    """The layers of a plan of the Wav2Small family.
-
-    Args:
-        plan: as ``plan.fold`` gives it.
-
-    Raises:
-        UsageError: another network; names what C has no code for.
-    """
-    match plan.layers[:4]:
-        case [Normalise() as normalise, Spectrum(imag=np.ndarray()) as spectrum, Mel() as mel, Log() as log]:
-            rest = list(merge(plan).layers[4:])
-        case _:
-            raise UsageError("C has no code for a front end that is not a log-mel spectrum of the normalised waveform")
-    trunk: list[list[Convolution]] = [[]]
-    while rest and (isinstance(rest[0], MaxPool) or isinstance(rest[0], Convolution) and rest[0].activation == "relu"):
-        layer = rest.pop(0)
-        if isinstance(layer, MaxPool):
-            trunk.append([])
-        else:
-            trunk[-1].append(layer)
-    mix = rest.pop(0) if rest and isinstance(rest[0], Convolution) and rest[0].activation is None else None
-    match rest:
-        case [Tokens(), AttentionPooling(bias=None) as pooling, Dense(activation=None) as output] if mix is None:
-            gram = False
-        case [Tokens(), MomentPooling() as pooling, Dense(activation=None) as output] if mix is not None:
-            gram = False
-        case [AttentionPooling() as pooling, Gram(), Dense(activation=None) as output] if mix is None:
-            gram = True
-        case _:
-            names = ", ".join(type(layer).__name__ for layer in rest[:4])
-            raise UsageError(f"C has no code for a network that goes on with {names} behind its convolutions")
-    if len(trunk) != 2 or not trunk[0]:
-        raise UsageError(f"C has code for convolutions with one max pool among them, got {len(trunk) - 1} max pools")
-    first, *others = trunk[0] + trunk[1]
-    channels, _, *sizes = first.kernel.shape
-    if first.kernel.shape[1] != 1 or any(layer.kernel.shape != (channels, channels, *sizes) or layer.stride > 1 for layer in others):
-        raise UsageError("C has code for convolutions with as many channels each, of one size, of which the first may have a stride")
-    return Network(normalise, spectrum, mel, log, *trunk, mix, pooling, gram, output)
 
 
 def generate(plan: Plan, facts: Mapping[str, str]) -> dict[str, bytes]:
@@ -127,60 +59,22 @@ def generate(plan: Plan, facts: Mapping[str, str]) -> dict[str, bytes]:
     return _compose(plan, network, arrays, facts, "float")
 
 
-def _sizes(network: Network) -> dict[str, int]:
-    """The sizes of a network: macros of the C code."""
-    n_fft, bins = network.spectrum.real.shape
-    bands, hop = network.mel.matrix.shape[1], network.spectrum.hop
-    channels, _, kernel, _ = network.before[0].kernel.shape
-    stride, reach = network.before[0].stride, kernel // 2
-    mels = -(-bands // stride)
-    mels_after = (mels + 1) // 2
-    lag_of_image = -(-(reach + 1) // stride) - 1
-    lag_of_pool = -(-(lag_of_image + (len(network.before) - 1) * reach) // 2)
-    attention = isinstance(network.pooling, AttentionPooling)
-    places = mels_after if network.gram or not attention else 1
-    frames = 2 * GROUP * stride
-    first_sine, sines = _find_sines(network.spectrum)
-    return {
-        "W2S_FFT": n_fft,
-        "W2S_HOP": hop,
-        "W2S_KERNEL": kernel,
-        "W2S_TAPS": kernel,
-        "W2S_ATTENTION": int(attention),
-        "W2S_GRAM": int(network.gram),
-        "W2S_DEVIATION": int(not attention and network.pooling.deviation),
-        "BINS": bins,
-        "FIRST_SINE": first_sine,
-        "PARTS_OF_SPECTRUM": bins + sines,
-        "BANDS": bands,
-        "STRIDE": stride,
-        "CHANNELS": channels,
-        "MELS": mels,
-        "MELS_AFTER": mels_after,
-        "BEFORE": len(network.before),
-        "AFTER": len(network.after),
-        "REACH": reach,
-        "GROUP": GROUP,
-        "FRAMES": frames,
-        "SAMPLES": frames * hop + max(0, n_fft - hop),
-        "LAG_OF_IMAGE": lag_of_image,
-        "KEPT_OF_IMAGE": stride * lag_of_image + reach,
-        "LAG_OF_POOL": lag_of_pool,
-        "LAG": lag_of_pool + len(network.after) * reach,
-        "TOKEN": mels_after * channels,
-        "PLACES": places,
-        "DEPTH": mels_after * channels // places,
-        "FEATURES": network.pooling.value.shape[1] if attention else channels,
-        "PARTS": 2 if attention else 1,
-        "OUTPUT_DEPTH": len(network.output.kernel),
-        "TOKENS_OF_BLOCK": BLOCK,
-    }
+def generate_int8(plan: Plan, numbers: Numbers, facts: Mapping[str, str], shift: np.ndarray | float = 0.0) -> dict[str, bytes]:
+    """The files of the kind "c-int8".
 
+    Args:
+        plan: as ``plan.fold`` gives it.
+        numbers: of ``quantise.quantise``.
+        facts: what the file says of itself.
+        shift: of the outputs, [D].
 
-def _find_sines(spectrum: Spectrum) -> tuple[int, int]:
-    """The first bin whose imaginary part is not always zero, and how many bins there are to the last such one."""
-    used = np.flatnonzero(np.abs(spectrum.imag).max(axis=0) > 1e-9)
-    return (int(used[0]), int(used[-1] - used[0] + 1)) if len(used) else (0, 0)
+    Returns:
+        name → content.
+    """
+    network = take_apart(plan)
+    arrays = {name: value.astype(np.float32) for name, value in _front_end(network).items()}
+    arrays["output_bias"] += np.asarray(shift, np.float32)
+    return _compose(plan, network, arrays | _integers(network, numbers), facts, "int8", numbers)
 
 
 def panels(matrix: np.ndarray) -> np.ndarray:
@@ -192,7 +86,7 @@ def panels(matrix: np.ndarray) -> np.ndarray:
 
 def _front_end(network: Network) -> dict[str, np.ndarray]:
     """The arrays that all kinds have in float32, and the output layer."""
-    sizes, spectrum = _sizes(network), network.spectrum
+    sizes, spectrum = sizes_of(network), network.spectrum
     sines = slice(sizes["FIRST_SINE"], sizes["FIRST_SINE"] + sizes["PARTS_OF_SPECTRUM"] - sizes["BINS"])
     fourier = np.concatenate([spectrum.real, spectrum.imag[:, sines]], axis=1)
     kernel, bias = network.output.kernel, network.output.bias
@@ -230,22 +124,40 @@ def _floats(network: Network) -> dict[str, np.ndarray]:
         "first_bias": np.pad(first.bias, (0, fill)),
         "kernels": np.stack([kernel.ravel() for kernel in kernels]) if others else np.zeros((1, PANEL)),
         "biases": np.pad(np.stack([layer.bias for layer in others]), ((0, 0), (0, fill))) if others else np.zeros((1, PANEL)),
-        "head_kernel": panels(_head(network)[None]),
+        "head_kernel": panels(head_matrix(network)[None]),
     }
 
 
-def _head(network: Network) -> np.ndarray:
-    """What tokens are multiplied by, [DEPTH, PARTS · FILLED(FEATURES)]: scores, then values."""
-    pooling, sizes = network.pooling, _sizes(network)
-    if isinstance(pooling, MomentPooling):
-        parts = [network.mix.kernel[:, :, 0, 0].T]
-    else:
-        parts = [pooling.score, pooling.value]
-        if not network.gram:  # tokens are ordered (channel, mel), and here (mel, channel)
-            order = np.arange(sizes["TOKEN"]).reshape(sizes["CHANNELS"], -1).T.ravel()
-            parts = [part[order] for part in parts]
-    fill = -sizes["FEATURES"] % PANEL
-    return np.concatenate([np.pad(part, ((0, 0), (0, fill))) for part in parts], axis=1)
+def words(matrix: np.ndarray) -> np.ndarray:
+    """Weights int8 [taps, depth, columns] as ``multiply_bytes`` in int8.c reads them: [panel, taps, word, PANEL, 4]."""
+    taps, depth, columns = matrix.shape
+    filled = np.pad(matrix, ((0, 0), (0, -depth % 4), (0, -columns % PANEL)))
+    return filled.reshape(taps, -1, 4, filled.shape[2] // PANEL, PANEL).transpose(3, 0, 1, 4, 2).ravel()
+
+
+def _integers(network: Network, numbers: Numbers) -> dict[str, np.ndarray]:
+    """The arrays of the convolutions and of the product behind them, in eight bits."""
+    first, *others = numbers.layers
+    fill = (0, -len(first.bias) % PANEL)
+
+    def kernel(layer) -> np.ndarray:  # [out, in, mel, time] → [time, mel · in, out]
+        by_time = layer.kernel.transpose(3, 2, 1, 0)
+        return words(by_time.reshape(len(by_time), -1, by_time.shape[3]))
+
+    none = {"kernels": np.zeros((1, PANEL), np.int8), "biases": np.zeros((1, PANEL), np.int32)}
+    behind = {
+        "kernels": np.stack([kernel(layer) for layer in others]),
+        "biases": np.stack([np.pad(layer.bias, fill) for layer in others]),
+        "scales": np.stack([np.pad(layer.scale, fill) for layer in others]),
+    } if others else none | {"scales": np.zeros((1, PANEL), np.float32)}  # fmt: skip
+    return {
+        "first_kernel": kernel(first),
+        "first_bias": np.pad(first.bias, fill),
+        "first_scale": np.pad(first.scale, fill),
+        **behind,
+        "head_kernel": words(numbers.head[None]),
+        "head_scale": numbers.head_scale,
+    }
 
 
 def _bytes(sizes: Mapping[str, int], cell: int) -> dict[str, int]:
@@ -305,16 +217,25 @@ def _array(name: str, value: np.ndarray, kind: str) -> str:
 
 
 def _compose(
-    plan: Plan, network: Network, arrays: Mapping[str, np.ndarray], facts: Mapping[str, str], part: str
+    plan: Plan,
+    network: Network,
+    arrays: Mapping[str, np.ndarray],
+    facts: Mapping[str, str],
+    part: str,
+    numbers: Numbers | None = None,
 ) -> dict[str, bytes]:
     """The files, from the arrays and the sizes; ``part`` is the hand-written part for numbers of their kind."""
-    sizes = _sizes(network)
+    sizes = sizes_of(network)
     codes = [(PLACE / f"{name}.c").read_text("utf-8") for name in ("basics", part, "engine")]
     weights = "\n".join(_array(name, value, C_TYPES[value.dtype.str[1:]]) for name, value in arrays.items())
     macros = "\n".join(f"#define {name} {value}" for name, value in sizes.items())
-    macros += f"\n#define FLOOR {np.float32(network.log.floor)!s}f\n#define NORM_EPSILON {np.float32(network.normalise.epsilon)!s}f"
+    macros += (
+        f"\n#define FLOOR {np.float32(network.log.floor)!s}f\n#define NORM_EPSILON {np.float32(network.normalise.epsilon)!s}f"
+    )
     if sizes["W2S_DEVIATION"]:
         macros += f"\n#define DEVIATION_EPSILON {np.float32(network.pooling.epsilon)!s}f"
+    if numbers is not None:
+        macros += f"\n#define W2S_EXACT\n#define IMAGE_STEPS {numbers.steps!s}f\n#define IMAGE_ZERO {numbers.zero}"
     names = facts["dimensions"].split(",")
     texts = f"const char *const w2s_dimensions[W2S_DIMENSIONS] = {{{', '.join(map(_text, names))}}};\n"
     token, step = 2 * sizes["STRIDE"] * sizes["W2S_HOP"], sizes["FRAMES"] * sizes["W2S_HOP"]
