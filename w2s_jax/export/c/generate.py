@@ -73,7 +73,7 @@ def generate_int8(plan: Plan, numbers: Numbers, facts: Mapping[str, str], shift:
     """
     network = take_apart(plan)
     arrays = {name: value.astype(np.float32) for name, value in _front_end(network).items()}
-    arrays["output_bias"] += np.asarray(shift, np.float32)
+    arrays["output_bias"] = arrays["output_bias"] + np.asarray(shift, np.float32)
     return _compose(plan, network, arrays | _integers(network, numbers), facts, "int8", numbers)
 
 
@@ -89,9 +89,15 @@ def _front_end(network: Network) -> dict[str, np.ndarray]:
     sizes, spectrum = sizes_of(network), network.spectrum
     sines = slice(sizes["FIRST_SINE"], sizes["FIRST_SINE"] + sizes["PARTS_OF_SPECTRUM"] - sizes["BINS"])
     fourier = np.concatenate([spectrum.real, spectrum.imag[:, sines]], axis=1)
-    kernel, bias = network.output.kernel, network.output.bias
-    features, places, channels, mels = (sizes[name] for name in ("FEATURES", "PLACES", "CHANNELS", "MELS_AFTER"))
     arrays = {"fourier": panels(fourier[None]), "mel_bands": panels(network.mel.matrix[None])}
+    return arrays | output_layer(network)
+
+
+def output_layer(network: Network) -> dict[str, np.ndarray]:
+    """The arrays behind the pooling: its features are ordered (place, feature)."""
+    sizes, arrays = sizes_of(network), {}
+    kernel, bias = network.output.kernel, network.output.bias
+    features, channels, mels = (sizes[name] for name in ("FEATURES", "CHANNELS", "MELS_AFTER"))
     if network.gram:  # [feature, mels + features] flattened → [mel, feature], then [feature, feature]
         rows = kernel.reshape(features, mels + features, -1)
         kernel = np.concatenate(
