@@ -16,12 +16,15 @@ from w2s_jax.devices import computing
 from w2s_jax.errors import UsageError
 from w2s_jax.export import direct, litert
 from w2s_jax.export import onnx as graph
-from w2s_jax.export.c import generate
+from w2s_jax.export.c import generate, reference
+from w2s_jax.export.c.network import take_apart
+from w2s_jax.export.c.quantise import quantise
 from w2s_jax.export.compact import compact
 from w2s_jax.export.deploy import deploy, split_at_softmax
 from w2s_jax.export.plan import CHANNEL_BLOCK, fill_channels, fold, merge
 from w2s_jax.export.quantize import COVERAGE, quantize
 from w2s_jax.kinds import INTEGER_KINDS, KINDS
+from w2s_jax.metrics import ccc
 from w2s_jax.models.plan import Plan
 from w2s_jax.runtime.predictor import first_state
 
@@ -189,6 +192,24 @@ def _build_c(source: Source, facts: Mapping[str, str]) -> tuple[dict[str, bytes]
     return generate.generate(fold(source.student, source.variables), facts), {}
 
 
+def _build_c_int8(source: Source, facts: Mapping[str, str]) -> tuple[dict[str, bytes], dict]:
+    """Of the coverages, that with the best CCC, the outputs shifted by what rounding has shifted them: see ``choose_coverage``."""
+    plan = fold(source.student, source.variables)
+    network, waves = take_apart(plan), source.calibration
+    ends, _ = direct.measure_ranges(source.fp32, waves, source.coverages)
+    wanted, best, scores = graph.run(source.fp32, waves), None, {}
+    for coverage in source.coverages:
+        numbers = quantise(network, ends[coverage])
+        outputs = np.array([reference.predict(network, numbers, wave) for wave in waves])
+        shift = (wanted - outputs).mean(axis=0)
+        scores[str(coverage)] = score = float(ccc(outputs + shift, wanted).min())
+        source.message(f"ranges over {coverage:.2%} of the values give CCC {score:.5f} against fp32")
+        if best is None or score > scores[str(best[0])]:
+            best = coverage, numbers, shift
+    coverage, numbers, shift = best
+    return generate.generate_int8(plan, numbers, facts, shift), {"coverage": coverage, "candidates": scores}
+
+
 #: kind → (source, facts) → the file's content, or that of each of its parts; and a dict for the report.
 BUILDERS: dict[str, Callable[[Source, Mapping[str, str]], tuple[bytes | dict[str, bytes], dict]]] = {
     "fp32": _build_float,
@@ -201,6 +222,7 @@ BUILDERS: dict[str, Callable[[Source, Mapping[str, str]], tuple[bytes | dict[str
     "litert-int8": partial(_build_litert, int8=True),
     "chunked": _build_chunked,
     "c": _build_c,
+    "c-int8": _build_c_int8,
 }
 
 

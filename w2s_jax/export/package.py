@@ -194,10 +194,19 @@ def _check_replaceable(out: Path) -> None:
     """
     if not out.is_dir():
         return
-    written = {*(name for kind in KINDS.values() for name in kind.names), checkpoint.WEIGHTS, checkpoint.CONFIG, "model.yaml", "README.md", REPORT}
+    written = {
+        *(name for kind in KINDS.values() for name in kind.names),
+        checkpoint.WEIGHTS,
+        checkpoint.CONFIG,
+        "model.yaml",
+        "README.md",
+        REPORT,
+    }
     evaluation = r"eval_\w+\.(json|png)"  # w2s eval puts it beside the model; of a new one it would be wrong
     directories = [kind.file for kind in KINDS.values() if kind.parts]
-    paths = [inner for path in out.iterdir() for inner in (path.iterdir() if path.name in directories and path.is_dir() else [path])]
+    paths = [
+        inner for path in out.iterdir() for inner in (path.iterdir() if path.name in directories and path.is_dir() else [path])
+    ]
     names = [path.relative_to(out).as_posix() for path in paths]
     others = sorted(name for name in names if name not in written and not re.fullmatch(evaluation, name))
     if others:

@@ -18,7 +18,9 @@ SHIFT = F(12_582_912)
 LOWEST = F(-1e30)
 
 
-def predict(network: Network, numbers: Numbers, wave: np.ndarray, shift: np.ndarray | float = 0.0, batch: int = BATCH) -> np.ndarray:
+def predict(
+    network: Network, numbers: Numbers, wave: np.ndarray, shift: np.ndarray | float = 0.0, batch: int = BATCH
+) -> np.ndarray:
     """Values [D], float32, of float32 [T].
 
     Args:
