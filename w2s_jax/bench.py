@@ -21,10 +21,9 @@ from w2s_jax import __version__, machine, names
 from w2s_jax.errors import UsageError
 from w2s_jax.files import write_atomic, write_json
 from w2s_jax.install import pip_install
-from w2s_jax.kinds import FILES
+from w2s_jax.kinds import FILES, has_parts
 from w2s_jax.measure import ENGINES, choose_engines, compare_with_fp32, label_in, make_feeds, measure, same_file
 from w2s_jax.operations import count, recorded_parameters
-from w2s_jax.runtime.c import is_code
 from w2s_jax.runtime.session import open_session
 
 #: arXiv 2408.13920: 5 s of audio, ONNX, one Xeon; CCC on MSP-Podcast v1.7 Test1. Only what is public.
@@ -193,7 +192,7 @@ def _find_models(models: Sequence[str | Path], rows: dict[str, dict], message: C
     for path in map(Path, models):
         own = [path / name for name in FILES.values() if (path / name).exists()]
         others = sorted(set(path.glob("*.onnx")) - set(own), key=lambda file: (len(file.name), file.name))
-        candidates = own + others if path.is_dir() and not is_code(path) else [path]
+        candidates = own + others if path.is_dir() and not has_parts(path) else [path]
         if not candidates or not candidates[0].exists():
             raise UsageError(f"no model at {path}" + (" (it has no .onnx file)" if path.is_dir() else ": no such file"))
         for file in candidates:

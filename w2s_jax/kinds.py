@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class Kind:
 #: The files of a student in C: code and weights, and what may be called of it.
 SOURCE, HEADER = "w2s_model.c", "w2s_model.h"
 _C = (HEADER, SOURCE, "example.c", "README.md")
+#: The files of a student in WebAssembly.
+WASM, MODULE = "w2s_model.wasm", "w2s_model.mjs"
 KINDS = {
     "fp32": Kind("model.onnx", "everything that reads ONNX", exact=True),
     "fp16w": Kind("model.fp16w.onnx", "fp32 in half the bytes"),
@@ -47,6 +50,7 @@ KINDS = {
     "litert-int8": Kind("model.int8.tflite", "TensorFlow Lite, small and fast"),
     "chunked": Kind("model.chunked.onnx", "recordings of any length, piece by piece", exact=True, requires="attention"),
     "c": Kind("model_c", "C99: any CPU, streams, no runtime", exact=True, requires="trunk", parts=_C),
+    "wasm": Kind("model_wasm", "web pages, workers, node", requires="trunk", parts=(WASM, MODULE, "README.md")),
     "c-int8": Kind("model_c_int8", "c in 8 bits: microcontrollers", calibrated=True, requires="trunk", parts=_C),
 }
 #: What is exported by default.
@@ -55,6 +59,11 @@ DEFAULT = ("fp32", "int8")
 FILES = {name: kind.file for name, kind in KINDS.items()}
 #: Kinds that multiply unsigned 8-bit activations by signed weights with the operators of onnxruntime and other engines.
 INTEGER_KINDS = tuple(name for name, kind in KINDS.items() if kind.calibrated and not kind.parts)
+
+
+def has_parts(path: str | os.PathLike) -> bool:
+    """Whether it is the directory of a kind that consists of several files."""
+    return any(all((Path(path) / name).is_file() for name in names) for names in ((SOURCE, HEADER), (WASM,)))
 
 
 def size_of(file: Path) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 from w2s_jax import SAMPLING_RATE, machine
 from w2s_jax.errors import UsageError, W2SError, missing_extra
 from w2s_jax.kinds import size_of
+from w2s_jax.runtime.c import is_code
 
 #: What can be asked for. Where that is onnxruntime, a .tflite file runs in LiteRT and C runs compiled, as in ``Predictor``.
 ENGINES = ("onnxruntime", "openvino")
@@ -43,7 +44,7 @@ class _Candidate(NamedTuple):
     @property
     def runtime(self) -> str:
         if self.engine == "onnxruntime" and self.file.is_dir():
-            return "c"
+            return "c" if is_code(self.file) else "wasm"
         return "litert" if self.file.suffix == ".tflite" and self.engine == "onnxruntime" else self.engine
 
 
@@ -104,7 +105,7 @@ def measure(
             message(f"{file}: not measured in OpenVINO: {error}")
     if not candidates:
         raise UsageError(f"nothing to measure: none of {len(files)} files runs in {' or '.join(engines)}")
-    weighed = [label for label, candidate in candidates.items() if memory and candidate.runtime != "litert"]
+    weighed = [label for label, candidate in candidates.items() if memory and candidate.runtime not in ("litert", "wasm")]
     total, done = len(candidates) * runs + len(weighed) * PROCESSES, 0
 
     def step() -> None:
@@ -311,7 +312,7 @@ def _load_openvino(file: str | Path | bytes, seconds: float, threads: int) -> tu
 
     if not isinstance(file, bytes):
         if Path(file).is_dir():
-            raise _NotForOpenVINO("it is C")
+            raise _NotForOpenVINO("it is C or WebAssembly")
         if not Path(file).is_file():
             raise UsageError(f"no model at {file}: no such file")
         if Path(file).suffix == ".tflite":

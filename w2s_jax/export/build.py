@@ -16,7 +16,7 @@ from w2s_jax.devices import computing
 from w2s_jax.errors import UsageError
 from w2s_jax.export import direct, litert
 from w2s_jax.export import onnx as graph
-from w2s_jax.export.c import generate, reference
+from w2s_jax.export.c import generate, reference, wasm
 from w2s_jax.export.c.network import take_apart
 from w2s_jax.export.c.quantise import quantise
 from w2s_jax.export.compact import compact
@@ -210,6 +210,11 @@ def _build_c_int8(source: Source, facts: Mapping[str, str]) -> tuple[dict[str, b
     return generate.generate_int8(plan, numbers, facts, shift), {"coverage": coverage, "candidates": scores}
 
 
+def _build_wasm(source: Source, facts: Mapping[str, str]) -> tuple[dict[str, bytes], dict]:
+    files = generate.generate(fold(source.student, source.variables), facts, packed=True)
+    return wasm.compile_module(files, facts), {}
+
+
 #: kind → (source, facts) → the file's content, or that of each of its parts; and a dict for the report.
 BUILDERS: dict[str, Callable[[Source, Mapping[str, str]], tuple[bytes | dict[str, bytes], dict]]] = {
     "fp32": _build_float,
@@ -223,6 +228,7 @@ BUILDERS: dict[str, Callable[[Source, Mapping[str, str]], tuple[bytes | dict[str
     "chunked": _build_chunked,
     "c": _build_c,
     "c-int8": _build_c_int8,
+    "wasm": _build_wasm,
 }
 
 

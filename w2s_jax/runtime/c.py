@@ -34,7 +34,7 @@ _ERRORS = {
     -4: "a sample is not finite, or beyond 1e15",
     -6: "no state of a stream of this model",
 }
-OK, _EARLY = 0, -7
+OK, EARLY = 0, -7
 #: The values of w2s_model.h for the normalisation of a stream.
 NORMALISATIONS = {"running": 0, "window": 1}
 
@@ -85,7 +85,7 @@ class Session:
         """
         wave = np.ascontiguousarray(feeds["signal"], np.float32).reshape(-1)
         memory, values = np.empty(self._bytes, np.uint8), np.empty((1, self._dimensions), np.float32)
-        _check(self._library.w2s_predict(*_sized(memory), *_counted(wave), _place(values)))
+        check(self._library.w2s_predict(*_sized(memory), *_counted(wave), _place(values)))
         return [values]
 
     def stream(self, normalisation: str, window: int, hop: int) -> Stream:
@@ -112,23 +112,23 @@ class Stream:
         self._library, self._dimensions, self._memory = library, dimensions, memory
         self._scratch = np.empty(scratch, np.uint8)
         kind, window, hop = settings
-        _check(library.w2s_stream_init(*_sized(memory), kind, ctypes.c_uint32(window), ctypes.c_uint32(hop)))
+        check(library.w2s_stream_init(*_sized(memory), kind, ctypes.c_uint32(window), ctypes.c_uint32(hop)))
 
     def push(self, samples: np.ndarray) -> None:
         """Samples [T], float32 or int16."""
         samples = np.ascontiguousarray(samples)
         call = self._library.w2s_stream_push_int16 if samples.dtype == np.int16 else self._library.w2s_stream_push
-        _check(call(_place(self._memory), *_sized(self._scratch), *_counted(samples)))
+        check(call(_place(self._memory), *_sized(self._scratch), *_counted(samples)))
 
     def read(self) -> np.ndarray | None:
         """The values [D], None as long as there are none."""
         values = np.empty(self._dimensions, np.float32)
         code = self._library.w2s_stream_read(_place(self._memory), *_sized(self._scratch), _place(values))
-        return None if code == _EARLY else (_check(code), values)[1]
+        return None if code == EARLY else (check(code), values)[1]
 
     def reset(self) -> None:
         """Forget all samples."""
-        _check(self._library.w2s_stream_reset(_place(self._memory)))
+        check(self._library.w2s_stream_reset(_place(self._memory)))
 
     @property
     def state(self) -> bytes:
@@ -196,6 +196,7 @@ def _counted(samples: np.ndarray) -> tuple[ctypes.c_void_p, ctypes.c_size_t]:
     return _place(samples), ctypes.c_size_t(samples.size)
 
 
-def _check(code: int) -> None:
+def check(code: int) -> None:
+    """Raise RuntimeError for an error code of w2s_model.h."""
     if code != OK:
         raise RuntimeError(_ERRORS.get(code, f"error {code} of w2s_model.h"))

@@ -12,9 +12,8 @@ import numpy as np
 
 from w2s_jax import NORM_EPSILON, SAMPLING_RATE
 from w2s_jax.errors import MismatchError, UsageError, W2SError
-from w2s_jax.kinds import FILES, size_of
+from w2s_jax.kinds import FILES, has_parts, size_of
 from w2s_jax.names import check_dimensions, line
-from w2s_jax.runtime.c import is_code
 from w2s_jax.runtime.session import onnxruntime_errors, open_session, shrinking
 from w2s_jax.runtime.stream import SAMPLES_AT_ONCE, Ring, Stream, check_samples
 
@@ -391,9 +390,9 @@ def _model_file(path: Path, kind: str | None) -> Path:
         raise UsageError(f"unknown kind {kind!r}; there are: {', '.join(FILES)}")
     if path.is_dir():
         file = path / FILES[kind or "fp32"]
-        if kind is None and is_code(path):
+        if kind is None and has_parts(path):
             return path
-        if not file.is_file() and not is_code(file):
+        if not file.is_file() and not has_parts(file):
             there = [known for known, name in FILES.items() if (path / name).exists()]
             instead = f"; its kinds are: {', '.join(there)}" if there else ""
             if (path / "student").is_dir() or (path / "model.safetensors").is_file() and not there:

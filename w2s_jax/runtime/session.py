@@ -15,7 +15,7 @@ from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.files import read_json
 from w2s_jax.kinds import FILES, KINDS
 from w2s_jax.names import line
-from w2s_jax.runtime import c, onnxfile
+from w2s_jax.runtime import c, onnxfile, wasm
 
 # From release 1.31 on onnxruntime reports its use to Microsoft, and writes ~/.cache/Microsoft/DeveloperTools when imported; its
 # own function that turns this off can be called only afterwards. To allow it, set the variable to 0.
@@ -41,7 +41,7 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
 
     Args:
         source: an .onnx file, or its content; or a .tflite file, of which it gives a ``litert.Session``; or a directory with a
-            student in C, which is compiled, of which it gives a ``c.Session``.
+            student in C, which is compiled, or in WebAssembly, of which it gives a ``c.Session`` or a ``wasm.Session``.
         threads: CPU threads per call; 0 takes all cores.
 
     Raises:
@@ -53,6 +53,9 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
     if not content and c.is_code(source):
         _check_checksum(Path(source))
         return c.Session(source), name
+    if not content and wasm.is_module(source):
+        _check_checksum(Path(source))
+        return wasm.Session(source), name
     if not content and not Path(source).is_file():
         raise UsageError(f"no model at {name}: no such file")
     if not content and (size := Path(source).stat().st_size) > _LARGEST_FILE:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from w2s_jax.errors import UsageError, W2SError
-from w2s_jax.runtime import c
+from w2s_jax.runtime import c, wasm
 
 #: Samples that are checked at once.
 SAMPLES_AT_ONCE = 1 << 18
@@ -49,11 +49,11 @@ class Stream:
         self._predictor, self._pushed = predictor, 0
         if not self.incremental:
             self._state = _Window(predictor, self.window)
-        elif isinstance(predictor._session, c.Session):
+        elif isinstance(predictor._session, c.Session | wasm.Session):
             self._state = predictor._session.stream(normalisation, self.window, self.hop)
         else:
             raise UsageError(
-                f"{predictor.path} computes whole windows: only the kinds c and c-int8 carry their state from hop to hop, which the "
+                f"{predictor.path} computes whole windows: only the kinds c, c-int8 and wasm carry their state from hop to hop, which the "
                 'running normalisation needs; take one of them (w2s export --kind c), or normalisation="window"'
             )
 

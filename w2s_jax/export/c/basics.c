@@ -22,7 +22,9 @@ code is plain C99. */
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
-#elif defined(__SSE2__) || defined(__ARM_NEON) || defined(__wasm_simd128__) || defined(__riscv_vector)
+#elif defined(__wasm_simd128__)
+#define LANES 8 /* two of its vectors: a number that is multiplied by both is read once */
+#elif defined(__SSE2__) || defined(__ARM_NEON) || defined(__riscv_vector)
 #define LANES 4
 #else
 #define LANES 1
@@ -147,9 +149,15 @@ Rows of the result are summed in registers, as many at once as fit, a column of 
 #define ROWS_11(DO) ROWS_10(DO) DO(10)
 #define ROWS_12(DO) ROWS_11(DO) DO(11)
 #define ROWS_13(DO) ROWS_12(DO) DO(12)
+#if defined(__wasm_simd128__)
+#define MOST_ROWS 5
+#else
 #define MOST_ROWS 13
+#endif
 #if LANES == PANEL || defined(__aarch64__)
 #define MOST_PAIRS 13 /* rows with two sums each: there are 32 registers */
+#elif defined(__wasm_simd128__)
+#define MOST_PAIRS 2
 #else
 #define MOST_PAIRS 6
 #endif

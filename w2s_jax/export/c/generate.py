@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
+from types import MappingProxyType
 
 import numpy as np
 
@@ -41,12 +42,14 @@ WINOGRAD = np.array(
 WINOGRAD_OF_TWO = np.array([[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, -1]])
 
 
-def generate(plan: Plan, facts: Mapping[str, str]) -> dict[str, bytes]:
+def generate(plan: Plan, facts: Mapping[str, str], packed: bool = False) -> dict[str, bytes]:
     """The files of the kind "c".
 
     Args:
         plan: as ``plan.fold`` gives it.
         facts: what the file says of itself.
+        packed: store the larger weights in 8 bits, with a scale for each column of a block, in a quarter of the bytes. A function
+            ``w2s_unpack`` makes float32 of them, in variables, and has to be called before all others.
 
     Returns:
         name → content.
@@ -56,7 +59,7 @@ def generate(plan: Plan, facts: Mapping[str, str]) -> dict[str, bytes]:
     """
     network = take_apart(plan)
     arrays = {name: value.astype(np.float32) for name, value in (_front_end(network) | _floats(network)).items()}
-    return _compose(plan, network, arrays, facts, "float")
+    return _compose(plan, network, arrays, facts, "float", packed=_pack(network, arrays) if packed else {})
 
 
 def generate_int8(plan: Plan, numbers: Numbers, facts: Mapping[str, str], shift: np.ndarray | float = 0.0) -> dict[str, bytes]:
@@ -222,6 +225,62 @@ def _array(name: str, value: np.ndarray, kind: str) -> str:
     return f"static const ALIGNED {kind} {name}{shape} = {{\n" + ",\n".join(lines) + "};\n"
 
 
+def _pack(network: Network, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The larger arrays in 8 bits: for each, a variable of float32, numbers and scales, and a function that unpacks them."""
+    others = (network.before + network.after)[1:]
+    head = arrays["head_kernel"].reshape(-1, len(head_matrix(network)), PANEL)
+    numbers, scales = _round_columns(head)
+    packed = {
+        "head_kernel": _unpacking("head_kernel", arrays, numbers, scales, f"""\
+    for (int i = 0; i < {head.size}; i++)
+        head_kernel[i] = head_kernel_scales[i / {head[0].size} * {PANEL} + i % {PANEL}] * (float)head_kernel_numbers[i];
+""")
+    }
+    if not others or others[0].kernel.shape[2] != 3:
+        return packed
+    # [out, in, mel, time] → [layer, panel, time · mel · in, PANEL]: as they are, and combined only when they are unpacked
+    plain = [panels(layer.kernel.transpose(3, 2, 1, 0).reshape(9, -1, len(layer.bias))) for layer in others]
+    channels = len(others[0].bias)
+    numbers, scales = _round_columns(np.stack(plain).reshape(-1, 9 * channels, PANEL).astype(np.float32))
+    tables = _array("over_time", WINOGRAD.astype(np.float32), "float")
+    tables += _array("over_mel", WINOGRAD_OF_TWO.astype(np.float32), "float")
+    count = -(-channels // PANEL)
+    return packed | {
+        "kernels": tables + _unpacking("kernels", arrays, numbers, scales, f"""\
+    float *to = &kernels[0][0];
+    for (int layer = 0; layer < {len(others)}; layer++)
+        for (int k = 0; k < 6; k++)
+            for (int panel = layer * {count}; panel < (layer + 1) * {count}; panel++)
+                for (int j = 0; j < 4; j++)
+                    for (int at = 0; at < {channels * PANEL}; at++) {{
+                        float sum = 0.0f;
+                        for (int tap = 0; tap < 9; tap++)
+                            sum += over_time[k][tap / 3] * over_mel[j][tap % 3]
+                                   * (float)kernels_numbers[(panel * 9 + tap) * {channels * PANEL} + at];
+                        *to++ = sum * kernels_scales[panel * {PANEL} + at % {PANEL}];
+                    }}
+""")
+    }
+
+
+def _round_columns(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks [N, depth, PANEL] → whole numbers up to 127, int8, and the scale of each column of a block, float32 [N, PANEL]."""
+    scales = np.maximum(np.abs(blocks).max(axis=1) / 127, 1e-30).astype(np.float32)
+    return np.rint(blocks / scales[:, None]).astype(np.int8), scales
+
+
+def _unpacking(name: str, arrays: Mapping[str, np.ndarray], numbers: np.ndarray, scales: np.ndarray, body: str) -> str:
+    """A variable, what it is made of, and the function that makes it."""
+    value = arrays[name]
+    shape = "".join(f"[{size}]" for size in (value.shape if value.ndim == 1 else (len(value), value[0].size)))
+    return (
+        f"static ALIGNED float {name}{shape};\n"
+        + _array(f"{name}_numbers", numbers.ravel(), "int8_t")
+        + _array(f"{name}_scales", scales.ravel(), "float")
+        + f"static void unpack_{name}(void)\n{{\n{body}}}\n"
+    )
+
+
 def _compose(
     plan: Plan,
     network: Network,
@@ -229,11 +288,17 @@ def _compose(
     facts: Mapping[str, str],
     part: str,
     numbers: Numbers | None = None,
+    packed: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, bytes]:
     """The files, from the arrays and the sizes; ``part`` is the hand-written part for numbers of their kind."""
     sizes = sizes_of(network)
     codes = [(PLACE / f"{name}.c").read_text("utf-8") for name in ("basics", part, "engine")]
-    weights = "\n".join(_array(name, value, C_TYPES[value.dtype.str[1:]]) for name, value in arrays.items())
+    weights = "\n".join(
+        packed.get(name) or _array(name, value, C_TYPES[value.dtype.str[1:]]) for name, value in arrays.items()
+    )
+    if packed:
+        calls = " ".join(f"unpack_{name}();" for name in packed)
+        weights += f"\nvoid w2s_unpack(void);\nvoid w2s_unpack(void)\n{{\n    {calls}\n}}\n"
     macros = "\n".join(f"#define {name} {value}" for name, value in sizes.items())
     macros += (
         f"\n#define FLOOR {np.float32(network.log.floor)!s}f\n#define NORM_EPSILON {np.float32(network.normalise.epsilon)!s}f"
