@@ -20,7 +20,7 @@ import optax
 import pytest
 from jax import lax
 
-from w2s_jax import models
+from w2s_jax import compiled, models
 from w2s_jax.errors import UsageError
 from w2s_jax.models import native
 from w2s_jax.models.forms import trains_natively
@@ -268,12 +268,12 @@ def test_a_library_of_another_user_is_not_executed(tmp_path, monkeypatch):
     foreign = tmp_path / "foreign.cc"
     foreign.write_text('extern "C" int answer() { return 666; }\n')
     monkeypatch.setattr(native, "SOURCE", foreign)
-    native._compile(native.compiler(), library)
+    compiled.build([*native.compiler(), *native._flags(), str(native.SOURCE)], library)
     assert answers(tmp_path) == ["666"]  # the user's own is believed
     os.chown(library, 65534, 65534)
     assert answers(tmp_path) == ["42"]
     # and where the whole directory is another user's, nothing in it is
-    native._compile(native.compiler(), library)
+    compiled.build([*native.compiler(), *native._flags(), str(native.SOURCE)], library)
     os.chown(library.parent, 65534, 65534)
     assert answers(tmp_path) == ["42"]
     assert cached(tmp_path / "tmp" / f"w2s_jax-{os.geteuid()}").name == library.name

@@ -21,7 +21,7 @@ from w2s_jax import __version__, machine, names
 from w2s_jax.errors import UsageError
 from w2s_jax.files import write_atomic, write_json
 from w2s_jax.install import pip_install
-from w2s_jax.kinds import FILES
+from w2s_jax.kinds import FILES, has_parts
 from w2s_jax.measure import ENGINES, choose_engines, compare_with_fp32, label_in, make_feeds, measure, same_file
 from w2s_jax.operations import count, recorded_parameters
 from w2s_jax.runtime.session import open_session
@@ -86,7 +86,7 @@ def make(
     for kind in kinds:
         content, _ = package.build(kind, student, variables, fp32, facts, noise, coverages=(1.0,))
         files[kind] = Path(directory) / f"{name}.{kind}{Path(FILES[kind]).suffix}"
-        write_atomic(files[kind], lambda temporary, content=content: Path(temporary).write_bytes(content))
+        write_atomic(files[kind], lambda temporary, content=content: package.write(content, Path(temporary)))
     return files
 
 
@@ -192,10 +192,10 @@ def _find_models(models: Sequence[str | Path], rows: dict[str, dict], message: C
     """Map labels to the files that can be measured; the columns that these describe themselves go to ``rows``."""
     files = {}
     for path in map(Path, models):
-        own = [path / name for name in FILES.values() if (path / name).is_file()]
+        own = [path / name for name in FILES.values() if (path / name).exists()]
         others = sorted(set(path.glob("*.onnx")) - set(own), key=lambda file: (len(file.name), file.name))
-        candidates = own + others if path.is_dir() else [path]
-        if not candidates or not candidates[0].is_file():
+        candidates = own + others if path.is_dir() and not has_parts(path) else [path]
+        if not candidates or not candidates[0].exists():
             raise UsageError(f"no model at {path}" + (" (it has no .onnx file)" if path.is_dir() else ": no such file"))
         for file in candidates:
             try:
@@ -234,7 +234,7 @@ def _describe(file: Path) -> dict:
 def _count(file: Path, label: str, seconds: float, message: Callable[[str], object]) -> dict:
     """Columns ``parameters`` and ``macs`` of a row, None where they cannot be counted."""
     unknown = {"parameters": None, "macs": None}
-    if file.suffix == ".tflite":  # no ONNX graph
+    if file.suffix == ".tflite" or file.is_dir():  # no ONNX graph
         return unknown
     try:
         counted = count(file, seconds)

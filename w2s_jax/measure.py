@@ -20,8 +20,10 @@ import numpy as np
 
 from w2s_jax import SAMPLING_RATE, machine
 from w2s_jax.errors import UsageError, W2SError, missing_extra
+from w2s_jax.kinds import size_of
+from w2s_jax.runtime.c import is_code
 
-#: What can be asked for. Where that is onnxruntime, a .tflite file runs in LiteRT, as in ``Predictor``.
+#: What can be asked for. Where that is onnxruntime, a .tflite file runs in LiteRT and C runs compiled, as in ``Predictor``.
 ENGINES = ("onnxruntime", "openvino")
 #: Fresh processes per model; the median of their peaks is taken.
 PROCESSES = 5
@@ -41,6 +43,8 @@ class _Candidate(NamedTuple):
 
     @property
     def runtime(self) -> str:
+        if self.engine == "onnxruntime" and self.file.is_dir():
+            return "c" if is_code(self.file) else "wasm"
         return "litert" if self.file.suffix == ".tflite" and self.engine == "onnxruntime" else self.engine
 
 
@@ -101,7 +105,7 @@ def measure(
             message(f"{file}: not measured in OpenVINO: {error}")
     if not candidates:
         raise UsageError(f"nothing to measure: none of {len(files)} files runs in {' or '.join(engines)}")
-    weighed = [label for label, candidate in candidates.items() if memory and candidate.runtime != "litert"]
+    weighed = [label for label, candidate in candidates.items() if memory and candidate.runtime not in ("litert", "wasm")]
     total, done = len(candidates) * runs + len(weighed) * PROCESSES, 0
 
     def step() -> None:
@@ -117,7 +121,7 @@ def measure(
         median, p95 = np.percentile(times[label], [50, 95])
         result[label] = {
             "engine": candidate.runtime,
-            "bytes": candidate.file.stat().st_size,
+            "bytes": size_of(candidate.file),
             "milliseconds": round(1000 * float(median), 3),
             "p95_milliseconds": round(1000 * float(p95), 3),
             "real_time_factor": round(float(median) / candidate.seconds, 6),
@@ -231,8 +235,8 @@ def _measure_peaks(
         for _ in range(PROCESSES):
             bytes_used.append(_measure_peak(candidate.file, seconds, threads, candidate.engine))
             step()
-        if empty(candidate.engine):
-            peaks[label] = round(statistics.median(bytes_used) - empty(candidate.engine))
+        if empty(candidate.runtime):
+            peaks[label] = round(statistics.median(bytes_used) - empty(candidate.runtime))
     return peaks
 
 
@@ -260,6 +264,8 @@ def _load(file: str | Path | bytes, seconds: float, threads: int, engine: str) -
     from w2s_jax.runtime.predictor import ChunkRunner, is_chunked
     from w2s_jax.runtime.session import onnxruntime_errors, open_session
 
+    if engine == "c":  # the process that does nothing: what is compiled needs no interpreter
+        return lambda: None, seconds
     session, path = open_session(file, threads)
     if is_chunked([end.name for end in session.get_inputs()]):
         wave = _noise((round(seconds * SAMPLING_RATE),))
@@ -305,6 +311,8 @@ def _load_openvino(file: str | Path | bytes, seconds: float, threads: int) -> tu
     import openvino
 
     if not isinstance(file, bytes):
+        if Path(file).is_dir():
+            raise _NotForOpenVINO("it is C or WebAssembly")
         if not Path(file).is_file():
             raise UsageError(f"no model at {file}: no such file")
         if Path(file).suffix == ".tflite":

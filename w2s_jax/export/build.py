@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,11 +16,15 @@ from w2s_jax.devices import computing
 from w2s_jax.errors import UsageError
 from w2s_jax.export import direct, litert
 from w2s_jax.export import onnx as graph
+from w2s_jax.export.c import generate, reference, wasm
+from w2s_jax.export.c.network import take_apart
+from w2s_jax.export.c.quantise import quantise
 from w2s_jax.export.compact import compact
 from w2s_jax.export.deploy import deploy, split_at_softmax
 from w2s_jax.export.plan import CHANNEL_BLOCK, fill_channels, fold, merge
 from w2s_jax.export.quantize import COVERAGE, quantize
-from w2s_jax.kinds import KINDS
+from w2s_jax.kinds import INTEGER_KINDS, KINDS
+from w2s_jax.metrics import ccc
 from w2s_jax.models.plan import Plan
 from w2s_jax.runtime.predictor import first_state
 
@@ -79,7 +84,8 @@ def _properties(student) -> tuple[str, ...] | None:
 
 def kinds_of(student) -> list[str]:
     """The kinds that a student can have."""
-    properties = (None, *(_properties(student) or ()))
+    found = _properties(student)
+    properties = (None,) if found is None else (None, "trunk", *found)
     return [name for name, kind in KINDS.items() if kind.requires in properties]
 
 
@@ -104,7 +110,7 @@ def build(
     message: Callable[[str], object] = lambda line: None,
     weight_bits: int = 7,
     coverages: Sequence[float] = COVERAGE,
-) -> tuple[bytes, dict]:
+) -> tuple[bytes | dict[str, bytes], dict]:
     """One kind of a student.
 
     Args:
@@ -118,7 +124,7 @@ def build(
         coverages: as ``quantize`` takes them.
 
     Returns:
-        The file's content, and a dict for the report.
+        The file's content, or the name and content of each of its ``parts``; and a dict for the report.
 
     Raises:
         UsageError: this student cannot have that kind.
@@ -127,8 +133,9 @@ def build(
     require_kind(student, kind)
     facts, how = {**facts, "kind": kind}, {}
     if KINDS[kind].calibrated:
-        how = {"calibration_waves": len(calibration), "weight_bits": weight_bits}
-        facts["weight_bits"] = str(weight_bits)
+        how = {"calibration_waves": len(calibration)}
+    if kind in INTEGER_KINDS:
+        how["weight_bits"], facts["weight_bits"] = weight_bits, str(weight_bits)
         if weight_bits == 8:
             how[machine.NEEDS] = facts[machine.NEEDS] = machine.EXACT_SUMS
     source = Source(
@@ -181,8 +188,35 @@ def _build_chunked(source: Source, facts: Mapping[str, str]) -> tuple[bytes, dic
     return pack(model, {**facts, "chunk": json.dumps(cut)}), {"chunk": cut}
 
 
-#: kind → (source, facts) → the file's content, and a dict for the report.
-BUILDERS: dict[str, Callable[[Source, Mapping[str, str]], tuple[bytes, dict]]] = {
+def _build_c(source: Source, facts: Mapping[str, str]) -> tuple[dict[str, bytes], dict]:
+    return generate.generate(fold(source.student, source.variables), facts), {}
+
+
+def _build_c_int8(source: Source, facts: Mapping[str, str]) -> tuple[dict[str, bytes], dict]:
+    """With the coverage whose CCC is the best, the mean shift of the outputs taken back: see ``quantize.choose_coverage``."""
+    plan = fold(source.student, source.variables)
+    network, waves = take_apart(plan), source.calibration
+    ends, _ = direct.measure_ranges(source.fp32, waves, source.coverages)
+    wanted, best, scores = graph.run(source.fp32, waves), None, {}
+    for coverage in source.coverages:
+        numbers = quantise(network, ends[coverage])
+        outputs = np.array([reference.predict(network, numbers, wave) for wave in waves])
+        shift = (wanted - outputs).mean(axis=0)
+        scores[str(coverage)] = score = float(ccc(outputs + shift, wanted).min())
+        source.message(f"ranges over {coverage:.2%} of the values give CCC {score:.5f} against fp32")
+        if best is None or score > scores[str(best[0])]:
+            best = coverage, numbers, shift
+    coverage, numbers, shift = best
+    return generate.generate_int8(plan, numbers, facts, shift), {"coverage": coverage, "candidates": scores}
+
+
+def _build_wasm(source: Source, facts: Mapping[str, str]) -> tuple[dict[str, bytes], dict]:
+    files = generate.generate(fold(source.student, source.variables), facts, packed=True)
+    return wasm.compile_module(files, facts), {}
+
+
+#: kind → (source, facts) → the file's content, or that of each of its parts; and a dict for the report.
+BUILDERS: dict[str, Callable[[Source, Mapping[str, str]], tuple[bytes | dict[str, bytes], dict]]] = {
     "fp32": _build_float,
     "fp16w": partial(_build_float, weights="fp16"),
     "int8w": partial(_build_float, weights="int8"),
@@ -192,7 +226,20 @@ BUILDERS: dict[str, Callable[[Source, Mapping[str, str]], tuple[bytes, dict]]] =
     "litert": _build_litert,
     "litert-int8": partial(_build_litert, int8=True),
     "chunked": _build_chunked,
+    "c": _build_c,
+    "c-int8": _build_c_int8,
+    "wasm": _build_wasm,
 }
+
+
+def write(content: bytes | Mapping[str, bytes], file: Path) -> None:
+    """Write what ``build`` returns: a file, or a directory."""
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+        return
+    file.mkdir()
+    for name, part in content.items():
+        (file / name).write_bytes(part)
 
 
 def pack(model, facts: Mapping[str, str], weights: str = "fp32") -> bytes:

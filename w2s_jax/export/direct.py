@@ -117,7 +117,7 @@ def quantize_direct(
     Returns:
         The model, and a dict: ``coverage`` (the chosen one), ``candidates`` (coverage → worst CCC on ``waves``).
     """
-    ends, moments = _measure(fp32, waves, coverages)
+    ends, moments = measure_ranges(fp32, waves, coverages)
     given = moments if four_bits else None
     return choose_coverage(
         lambda coverage: build_int8(plan, ends[coverage], largest, given), fp32, waves, message, coverages
@@ -238,7 +238,9 @@ def carry_state(model, plan: Plan) -> None:
     model.graph.initializer.extend(builder.constants)
 
 
-def _measure(model, waves: Sequence[np.ndarray], coverages: Sequence[float]) -> tuple[dict[float, list[float]], np.ndarray]:
+def measure_ranges(
+    model, waves: Sequence[np.ndarray], coverages: Sequence[float]
+) -> tuple[dict[float, list[float]], np.ndarray]:
     """Where the ranges of the logarithm's and of each ReLU's values end, for each coverage the widest over all waves; and the
     mean of the tokens' second moments [tokens, tokens]. ``model`` is a student's fp32 graph.
     """

@@ -19,10 +19,10 @@ from w2s_jax.devices import computing
 from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.export import judge
 from w2s_jax.export import onnx as graph
-from w2s_jax.export.build import LARGEST, build, fp32_graph, kinds_of, make_probes, require_kind
+from w2s_jax.export.build import LARGEST, build, fp32_graph, kinds_of, make_probes, require_kind, write
 from w2s_jax.export.card import collect_facts, compose_audonnx_yaml, compose_card
 from w2s_jax.files import write_atomic
-from w2s_jax.kinds import DEFAULT, FILES, INTEGER_KINDS, KINDS
+from w2s_jax.kinds import DEFAULT, FILES, INTEGER_KINDS, KINDS, size_of
 from w2s_jax.measure import make_feeds, measure_kinds
 from w2s_jax.names import line
 from w2s_jax.runtime import Predictor
@@ -120,9 +120,9 @@ def export_student(
             file = Path(place) / FILES[kind]
             try:
                 content, how = build(kind, student, variables, fp32, facts, calibration, message, weight_bits)
-                file.write_bytes(content)
+                write(content, file)
                 predictor = Predictor(file)
-                row = {"file": file.name, "bytes": len(content), **how}
+                row = {"file": file.name, "bytes": size_of(file), **how}
                 row["lengths"], parity = judge.check_parity(kind, predictor, cases)
                 if KINDS[kind].exact:
                     row["difference_from_flax"] = parity["max_difference"]
@@ -142,8 +142,9 @@ def export_student(
                 seconds = max(row["lengths"]) / SAMPLING_RATE
                 message(f"fp32: differs from Flax by at most {parity['max_difference']:.1e}, up to {seconds:.0f} s")
             elif check:
-                message(f"{kind}: {len(content) / 1000:.1f} kB, CCC with fp32 at least {min(row['ccc'].values()):.5f}")
-            made[kind], files[file.name], report["kinds"][kind] = file, content, row
+                message(f"{kind}: {row['bytes'] / 1000:.1f} kB, CCC with fp32 at least {min(row['ccc'].values()):.5f}")
+            made[kind], report["kinds"][kind] = file, row
+            files |= {name: (Path(place) / name).read_bytes() for name in KINDS[kind].names}
         for kind, figures in (measure_kinds(made, against, message) if measure or against else {}).items():
             report["kinds"][kind] |= figures
     for kind, why in skipped.items():
@@ -157,7 +158,8 @@ def export_student(
     report["files"]["README.md"] = len(files["README.md"])
     report["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[REPORT] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
-    gone = sorted(path.name for path in out.iterdir() if path.name not in files) if out.is_dir() else []
+    here = {name.partition("/")[0] for name in files}
+    gone = sorted(path.name for path in out.iterdir() if path.name not in here) if out.is_dir() else []
     if gone:
         message(f"{out} is replaced; no longer there: {', '.join(gone)}")
     write_atomic(out, functools.partial(_write, files))
@@ -192,9 +194,21 @@ def _check_replaceable(out: Path) -> None:
     """
     if not out.is_dir():
         return
-    written = {*FILES.values(), checkpoint.WEIGHTS, checkpoint.CONFIG, "model.yaml", "README.md", REPORT}
+    written = {
+        *(name for kind in KINDS.values() for name in kind.names),
+        checkpoint.WEIGHTS,
+        checkpoint.CONFIG,
+        "model.yaml",
+        "README.md",
+        REPORT,
+    }
     evaluation = r"eval_\w+\.(json|png)"  # w2s eval puts it beside the model; of a new one it would be wrong
-    others = sorted(path.name for path in out.iterdir() if path.name not in written and not re.fullmatch(evaluation, path.name))
+    directories = [kind.file for kind in KINDS.values() if kind.parts]
+    paths = [
+        inner for path in out.iterdir() for inner in (path.iterdir() if path.name in directories and path.is_dir() else [path])
+    ]
+    names = [path.relative_to(out).as_posix() for path in paths]
+    others = sorted(name for name in names if name not in written and not re.fullmatch(evaluation, name))
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise UsageError(
@@ -206,6 +220,7 @@ def _check_replaceable(out: Path) -> None:
 def _write(files: dict[str, bytes], directory: Path) -> None:
     directory.mkdir()
     for name, content in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(content)
 
 

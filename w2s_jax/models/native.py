@@ -6,20 +6,14 @@ cache directory. Where that is not possible, ``unavailable`` says why and nothin
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shlex
 import shutil
-import signal
-import stat
 import subprocess
-import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +23,7 @@ import jaxlib
 import numpy as np
 from jax import Array, lax
 
+from w2s_jax import compiled
 from w2s_jax.models.norm import EPSILON
 
 #: What ``native.cc`` offers to XLA, each with the prefix ``w2s_``.
@@ -36,7 +31,7 @@ TARGETS = ("forward", "backward", "pool", "pool_backward", "finish", "finish_bac
 SOURCE = Path(__file__).with_suffix(".cc")
 #: Not -ffast-math: a NaN must stay visible in the loss, and sums must keep their order.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
-COMPILE_SECONDS, VERSION_SECONDS = 300, 20
+VERSION_SECONDS = compiled.VERSION_SECONDS
 #: Rows of time are padded to a multiple of this many floats, two of the longest vectors there are.
 STEP = 32
 
@@ -63,9 +58,7 @@ def _load() -> str | None:
             jax.ffi.register_ffi_target(f"w2s_{target}", jax.ffi.pycapsule(getattr(library, f"w2s_{target}")), platform="cpu")
     # whatever is wrong with a compiler, a disk or a library, training goes on without the kernel and can say why
     except subprocess.CalledProcessError as error:
-        lines = (error.stderr or "").strip().splitlines() or ["no message"]
-        line = next((line for line in lines if "error" in line.lower()), lines[-1])
-        return f"{error.cmd[0]} ended with {error.returncode}: {line.strip()}"
+        return compiled.describe_failure(error)
     except subprocess.TimeoutExpired as error:
         return f"{error.cmd[0]} did not end within {error.timeout:g} s"
     except (OSError, AttributeError) as error:
@@ -86,110 +79,19 @@ def compiler() -> list[str]:
 def load(command: list[str]) -> ctypes.CDLL:
     """The library compiled from ``native.cc`` for this CPU, from a cache directory where it is there already.
 
-    A cached library is code that gets executed, so it lies in a directory that only this user can write, belongs to this
-    user, and ends with the checksum of the rest, which is compared first: the linker would end the process at a truncated one.
-    One that is damaged, foreign or does not load is compiled again, once. Where the user's cache directory cannot serve, a
-    private one among the temporary files does.
-
     Args:
         command: the compiler's first words, as ``compiler`` gives them.
 
     Raises:
         OSError, subprocess.SubprocessError: the compiler, the headers or every directory do not work.
     """
-    version = _run([*command, "--version"], VERSION_SECONDS)
-    # all that the result depends on; a home directory may be shared by machines with different CPUs
-    parts = [SOURCE.read_text(), *command, version, *FLAGS, jaxlib.__version__, platform.machine(), _cpu()]
-    name = f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    refused = []
-    for directory in _places():
-        try:
-            _make_private(directory)
-            with contextlib.suppress(OSError):  # not there yet, or not to be trusted
-                return _open(directory / name)
-            _compile(command, directory / name)
-            return _open(directory / name)
-        except OSError as error:
-            refused.append(str(error))
-    raise OSError("no directory for the compiled kernel: " + "; ".join(refused))
+    parts = [SOURCE.read_text(), jaxlib.__version__]
+    return compiled.load("native", command, _flags(), [SOURCE], parts, VERSION_SECONDS)
 
 
-def _places() -> Iterator[Path]:
-    """Where the library may lie, the first choice first."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    with contextlib.suppress(RuntimeError):  # no home directory
-        yield (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "w2s_jax"
-    yield Path(tempfile.gettempdir()) / f"w2s_jax-{os.geteuid()}"
-
-
-def _make_private(directory: Path) -> None:
-    """Make the directory if it is missing; refuse one that others can write."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = directory.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        unsafe = (
-            f"{directory} is not safe for the compiled kernel: expected one of the user {os.geteuid()} that nobody else can "
-            f"write, got owner {status.st_uid}, mode {stat.filemode(status.st_mode)}; delete it, or chown it and chmod 700"
-        )
-        warnings.warn(unsafe, stacklevel=2)
-        raise PermissionError(unsafe)
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    """Load a library that is this user's and whole.
-
-    Raises:
-        OSError: it is not there, somebody else's, damaged, or does not load.
-    """
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise PermissionError(f"{path} can be written by others")
-        content = file.read()
-        if content[-32:] != hashlib.sha256(content[:-32]).digest():
-            raise OSError(f"{path} is damaged")
-        # what was looked at, whatever has got that name meanwhile
-        return ctypes.CDLL(f"/proc/self/fd/{file.fileno()}")
-
-
-def _compile(command: list[str], path: Path) -> None:
-    """Compile ``native.cc`` and put the library's checksum behind it, where the linker does not look."""
-    # a name of its own until it is whole: other processes may be compiling the same
-    handle, draft = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        # as a system's header: warnings about it are not ours
-        _run([*command, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", draft], COMPILE_SECONDS)
-        os.chmod(draft, 0o700)
-        content = Path(draft).read_bytes()
-        Path(draft).write_bytes(content + hashlib.sha256(content).digest())
-        os.replace(draft, path)
-    finally:
-        Path(draft).unlink(missing_ok=True)
-
-
-def _run(command: list[str], seconds: float) -> str:
-    """What a command prints; it and all that it started are ended when the time is over."""
-    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(
-        command, stdin=nothing, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
-    ) as process:
-        try:
-            printed, errors = process.communicate(timeout=seconds)
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, printed, errors)
-    return printed
-
-
-def _cpu() -> str:
-    """The model and abilities of this machine's CPU, which -march=native compiles for."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+def _flags() -> list[str]:
+    # as a system's header: warnings about it are not ours
+    return [*FLAGS, "-isystem", jax.ffi.include_dir()]
 
 
 def trunk(

@@ -12,19 +12,16 @@ import numpy as np
 
 from w2s_jax import NORM_EPSILON, SAMPLING_RATE
 from w2s_jax.errors import MismatchError, UsageError, W2SError
-from w2s_jax.kinds import FILES
+from w2s_jax.kinds import FILES, has_parts, size_of
 from w2s_jax.names import check_dimensions, line
 from w2s_jax.runtime.session import onnxruntime_errors, open_session, shrinking
+from w2s_jax.runtime.stream import SAMPLES_AT_ONCE, Ring, Stream, check_samples
 
 SIGNAL, LOGITS = "signal", "logits"
 #: The other inputs and the other output of the kind "chunked".
 CARRIED, NEXT = ("state", "first", "last"), "next"
 #: The largest state of the kind "chunked" that a file may ask for, in features; the students here have some hundred.
 MOST_FEATURES = 1 << 16
-#: Samples of a block, where a recording is read block by block.
-SAMPLES_AT_ONCE = 1 << 18
-#: Larger samples are refused: the mean of their squares, which the network divides by, would overflow float32.
-LOUDEST = 1e15
 #: Calls of more samples than these (30 s) free their memory at the end; shorter ones keep it for the next call.
 LONG = 30 * SAMPLING_RATE
 #: The shortest input of a file without such metadata: one STFT frame of Wav2Small.
@@ -155,11 +152,27 @@ class Predictor:
             raise UsageError(f"blocks must be at {self.sampling_rate} Hz, got {sampling_rate}; resample them, or give an array")
         return self._slide(self._blocks(wave), size, step)
 
+    def stream(self, window: float = 5.0, hop: float = 0.25, normalisation: str = "window") -> Stream:
+        """Start a stream: samples go in as they come, and values of the last seconds come out at any moment.
+
+        Args:
+            window, hop: in seconds. Values are of the last window; a hop of it is forgotten at once.
+            normalisation: what the level of the samples is measured on. "window": each window on its own, so that values are
+                those of :meth:`windows`, for which every reading computes the whole window. "running": on all samples so far,
+                from one window on with exponential forgetting, so that nothing is computed twice; the kinds "c" and "c-int8"
+                have it. Values then are not those of the window alone, and before a window has been heard they follow the
+                first sounds.
+
+        Raises:
+            UsageError: another normalisation, one that this kind does not have, or settings that fit no stream.
+        """
+        return Stream(self, window, hop, normalisation)
+
     def __str__(self) -> str:
         about = {key: line(value) for key, value in self.metadata.items()}
         kind = about.get("kind")
         parameters = f"{int(about['parameters']):,} parameters" if _whole(about.get("parameters", "")) else None
-        size = f"{self.path.stat().st_size / 1000:.0f} kB" if self.path.exists() else None
+        size = f"{size_of(self.path) / 1000:.0f} kB" if self.path.exists() else None
         teacher = about.get("teacher", "not recorded")
         if about.get("teacher_fingerprint"):
             teacher += f" ({about['teacher_fingerprint']})"
@@ -235,9 +248,9 @@ class Predictor:
         path = isinstance(wave, str | os.PathLike)
         wave = np.asarray(wave)
         if wave.ndim == 2 and wave.shape[0] in (1, 2) and wave.shape[0] <= wave.shape[1]:
-            wave = _check_samples(wave.reshape(-1), 0, wave.shape[1]).reshape(wave.shape).mean(axis=0)
+            wave = check_samples(wave.reshape(-1), 0, wave.shape[1]).reshape(wave.shape).mean(axis=0)
         elif wave.ndim == 1:
-            wave = _check_samples(wave, 0)
+            wave = check_samples(wave, 0)
         elif wave.ndim == 2:
             ways = "turn it round (wave.T)" if wave.shape[1] <= 2 else "average its channels (wave.mean(axis=0))"
             raise UsageError(
@@ -260,11 +273,11 @@ class Predictor:
             block = np.asarray(block)
             if block.ndim != 1:
                 raise UsageError(f"expected blocks [T], got one of shape {list(block.shape)}")
-            yield _check_samples(block, position)
+            yield check_samples(block, position)
             position += len(block)
 
     def _slide(self, blocks: Iterable[np.ndarray], size: int, step: int) -> Iterator[tuple[float, float, dict[str, float]]]:
-        ring = _Ring(size)
+        ring = Ring(size)
         due = size  # where the next window ends
         end = 0  # of the last window
         for block in blocks:
@@ -277,7 +290,7 @@ class Predictor:
         if end < ring.end or end == 0:
             yield self._predict_last(ring)
 
-    def _predict_last(self, ring: _Ring) -> tuple[float, float, dict[str, float]]:
+    def _predict_last(self, ring: Ring) -> tuple[float, float, dict[str, float]]:
         wave = ring.last()
         values = self._run(wave)
         return (ring.end - len(wave)) / self.sampling_rate, ring.end / self.sampling_rate, values
@@ -374,36 +387,15 @@ def first_state(features: int) -> np.ndarray:
     return np.array([[-1e30], [0], [0]], np.float32).repeat(features, axis=1)
 
 
-class _Ring:
-    """The last ``size`` samples of a stream, contiguous, at a constant cost per sample."""
-
-    def __init__(self, size: int):
-        self.size = size
-        self.end = 0  # samples pushed so far
-        self._buffer = np.empty(2 * size, np.float32)
-        self._filled = 0
-
-    def push(self, block: np.ndarray) -> None:
-        self.end += len(block)
-        block = block[-self.size :]
-        if self._filled + len(block) > len(self._buffer):
-            old = self.last()[len(block) :] if len(block) < self.size else block[:0]
-            self._buffer[: len(old)] = old  # never overlaps: the last samples lie in the second half
-            self._filled = len(old)
-        self._buffer[self._filled : self._filled + len(block)] = block
-        self._filled += len(block)
-
-    def last(self) -> np.ndarray:
-        return self._buffer[max(0, self._filled - self.size) : self._filled]
-
-
 def _model_file(path: Path, kind: str | None) -> Path:
     if kind is not None and kind not in FILES:
         raise UsageError(f"unknown kind {kind!r}; there are: {', '.join(FILES)}")
     if path.is_dir():
         file = path / FILES[kind or "fp32"]
-        if not file.is_file():
-            there = [known for known, name in FILES.items() if (path / name).is_file()]
+        if kind is None and has_parts(path):
+            return path
+        if not file.is_file() and not has_parts(file):
+            there = [known for known, name in FILES.items() if (path / name).exists()]
             instead = f"; its kinds are: {', '.join(there)}" if there else ""
             if (path / "student").is_dir() or (path / "model.safetensors").is_file() and not there:
                 instead = f"; it is a run or a student: w2s export {path} --out MODEL makes a model of it"
@@ -414,22 +406,6 @@ def _model_file(path: Path, kind: str | None) -> Path:
     if kind is not None:
         raise UsageError(f"kind chooses a file in a model directory, but {path} is a file")
     return path
-
-
-def _check_samples(wave: np.ndarray, position: int, row: int | None = None) -> np.ndarray:
-    """Convert to float32, all of it finite; ``position`` is that of the first sample, ``row`` the length of a channel."""
-    if not np.issubdtype(wave.dtype, np.floating):
-        raise UsageError(f"expected floating-point samples of about -1..1, got {wave.dtype} (divide integers by full scale)")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
-        wave = wave.astype(np.float32, copy=False)
-    for start in range(0, len(wave), SAMPLES_AT_ONCE):
-        finite = np.isfinite(wave[start : start + SAMPLES_AT_ONCE])
-        if not finite.all():
-            first = start + int(finite.argmin())
-            raise W2SError(f"sample {position + (first % row if row else first)} is {wave[first]}, expected finite samples")
-        if max(-wave[start : start + SAMPLES_AT_ONCE].min(), wave[start : start + SAMPLES_AT_ONCE].max()) > LOUDEST:
-            raise W2SError(f"samples are larger than {LOUDEST:g}, whose squares overflow; expected about -1..1")
-    return wave
 
 
 def _whole(text: str) -> bool:

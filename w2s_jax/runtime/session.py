@@ -13,9 +13,9 @@ from pathlib import Path
 from w2s_jax import machine
 from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.files import read_json
-from w2s_jax.kinds import FILES
+from w2s_jax.kinds import FILES, KINDS
 from w2s_jax.names import line
-from w2s_jax.runtime import onnxfile
+from w2s_jax.runtime import c, onnxfile, wasm
 
 # From release 1.31 on onnxruntime reports its use to Microsoft, and writes ~/.cache/Microsoft/DeveloperTools when imported; its
 # own function that turns this off can be called only afterwards. To allow it, set the variable to 0.
@@ -40,7 +40,8 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
     ``memory_limit()`` for their tensors.
 
     Args:
-        source: an .onnx file, or its content; or a .tflite file, of which it gives a ``litert.Session``.
+        source: an .onnx file, or its content; or a .tflite file, of which it gives a ``litert.Session``; or a directory with a
+            student in C, which is compiled, or in WebAssembly, of which it gives a ``c.Session`` or a ``wasm.Session``.
         threads: CPU threads per call; 0 takes all cores.
 
     Raises:
@@ -49,6 +50,12 @@ def open_session(source: str | os.PathLike | bytes, threads: int = 1) -> tuple[o
     """
     content = isinstance(source, bytes)
     name = "the model" if content else str(source)
+    if not content and c.is_code(source):
+        _check_checksum(Path(source))
+        return c.Session(source), name
+    if not content and wasm.is_module(source):
+        _check_checksum(Path(source))
+        return wasm.Session(source), name
     if not content and not Path(source).is_file():
         raise UsageError(f"no model at {name}: no such file")
     if not content and (size := Path(source).stat().st_size) > _LARGEST_FILE:
@@ -116,14 +123,18 @@ def _check_checksum(path: Path) -> None:
     if not report.exists():
         raise W2SError(f"cannot check {path}: the {REPORT} beside it is a link to nothing; copy or export the directory again")
     sums = read_json(report, "model").get("sha256")
-    expected = sums.get(path.name) if isinstance(sums, dict) else None
-    if expected is None:  # before 0.2
-        return
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        said = f"its SHA-256 begins with {found[:12]}, but {line(expected, 12)} in {REPORT}"
-        raise W2SError(f"{path} is damaged: {said}; copy or export it again")
+    for name in next(kind.names for kind in KINDS.values() if kind.file == path.name):
+        expected, part = sums.get(name) if isinstance(sums, dict) else None, path.parent / name
+        if expected is None:  # before 0.2
+            continue
+        try:
+            with open(part, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError as error:
+            raise W2SError(f"{path} is damaged: {part.name} is missing; copy or export it again") from error
+        if found != expected:
+            said = f"its SHA-256 begins with {found[:12]}, but {line(expected, 12)} in {REPORT}"
+            raise W2SError(f"{part} is damaged: {said}; copy or export it again")
 
 
 def _check_file(path: str | os.PathLike, name: str) -> int:
