@@ -101,8 +101,8 @@ class Session:
                 f"no stream with a window of {window} samples and a hop of {hop}: expected a window that is a multiple of the "
                 f"hop, and a hop of at least {self._metadata['token_samples']}"
             )
-        return Stream(self._library, self._dimensions, np.zeros(size, np.uint8), self._scratch_bytes if kind == 0 else self._bytes,
-                      (kind, window, hop))  # fmt: skip
+        scratch = self._scratch_bytes if normalisation == "running" else self._bytes
+        return Stream(self._library, self._dimensions, np.zeros(size, np.uint8), scratch, (kind, window, hop))
 
 
 class Stream:
@@ -161,8 +161,8 @@ def compiler() -> list[str]:
     if importlib.util.find_spec("ziglang"):
         return [sys.executable, "-m", "ziglang", "cc"]
     raise UsageError(
-        "the kinds c and c-int8 are compiled on first use, and there is no C compiler: none of cc, gcc, clang is on the PATH, and CC "
-        f"is not set; get one with {pip_install('c')}, or take another kind"
+        "the kinds c and c-int8 are compiled on first use, and there is no C compiler: none of cc, gcc, clang is on the PATH, and "
+        f"CC is not set; get one with {pip_install('c')}, or take another kind"
     )
 
 

@@ -17,10 +17,10 @@ LOUDEST = 1e15
 
 
 class Stream:
-    """A stream of samples: ``stream.push(samples)`` as they come, ``stream.read()`` at any moment; made by ``Predictor.stream``.
+    """A stream of samples, made by ``Predictor.stream``: ``push(samples)`` as they come, ``read()`` at any moment.
 
-    Pushed samples are cut into whatever pieces; the values do not depend on how. Of the kinds "c" and "c-int8" the state is some
-    tens of kilobytes (the samples of a window besides, where each window is normalised on its own).
+    Samples may be pushed in any pieces; no value depends on that. With the normalisation "running" the state is some tens of
+    kilobytes, with "window" the samples of a window.
 
     Attributes:
         normalisation: "window" or "running".
@@ -53,8 +53,8 @@ class Stream:
             self._state = predictor._session.stream(normalisation, self.window, self.hop)
         else:
             raise UsageError(
-                f"{predictor.path} computes whole windows: only the kinds c and c-int8 carry their state from hop to hop, which the "
-                'running normalisation needs; take one of them (w2s export --kind c), or normalisation="window"'
+                f"{predictor.path} computes whole windows: only the kinds c and c-int8 carry their state from hop to hop, which "
+                'the running normalisation needs; take one of them (w2s export --kind c), or normalisation="window"'
             )
 
     def push(self, samples: np.ndarray) -> None:

@@ -18,7 +18,7 @@ LARGEST_BIAS = 1 << 30
 
 @dataclass(frozen=True)
 class Rounded:
-    """A convolution: weights int8 [out, in, mel, time], bias int32 [out] in steps of the sums, and what a step is, float32 [out]."""
+    """A convolution: weights int8 [out, in, mel, time]; bias int32 [out], added to sums; steps of the result in one of the sums."""
 
     kernel: np.ndarray
     bias: np.ndarray
