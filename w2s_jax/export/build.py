@@ -193,7 +193,7 @@ def _build_c(source: Source, facts: Mapping[str, str]) -> tuple[dict[str, bytes]
 
 
 def _build_c_int8(source: Source, facts: Mapping[str, str]) -> tuple[dict[str, bytes], dict]:
-    """With the coverage whose CCC is the best, the mean shift of the outputs taken back: see ``quantize.choose_coverage``."""
+    """Of the coverages that with the best CCC, its outputs shifted back by what rounding does to their mean."""
     plan = fold(source.student, source.variables)
     network, waves = take_apart(plan), source.calibration
     ends, _ = direct.measure_ranges(source.fp32, waves, source.coverages)

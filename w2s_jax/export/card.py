@@ -81,7 +81,7 @@ def _row(kind: str, row: dict) -> str:
     cells = (
         kind,
         KINDS[kind].purpose,
-        row["file"],
+        row["file"] + "/" * bool(KINDS[kind].parts),
         f"{row['bytes'] / 1000:.0f} kB",
         row.get(machine.NEEDS, "any"),
         off,

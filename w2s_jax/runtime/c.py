@@ -101,7 +101,7 @@ class Session:
                 f"no stream with a window of {window} samples and a hop of {hop}: expected a window that is a multiple of the "
                 f"hop, and a hop of at least {self._metadata['token_samples']}"
             )
-        scratch = self._scratch_bytes if kind == 0 else self._bytes
+        scratch = self._scratch_bytes if normalisation == "running" else self._bytes
         return Stream(self._library, self._dimensions, np.zeros(size, np.uint8), scratch, (kind, window, hop))
 
 

@@ -17,10 +17,10 @@ LOUDEST = 1e15
 
 
 class Stream:
-    """A stream of samples, of ``Predictor.stream``: ``push(samples)`` as they come, ``read()`` at any moment.
+    """A stream of samples, made by ``Predictor.stream``: ``push(samples)`` as they come, ``read()`` at any moment.
 
-    Samples may be pushed in any pieces, which changes no value. Of the kinds "c", "c-int8" and "wasm" the state is some tens of
-    kilobytes (the samples of a window besides, where each window is normalised on its own).
+    Samples may be pushed in any pieces; no value depends on that. With the normalisation "running" the state is some tens of
+    kilobytes, with "window" the samples of a window.
 
     Attributes:
         normalisation: "window" or "running".

@@ -81,7 +81,7 @@ def generate_int8(plan: Plan, numbers: Numbers, facts: Mapping[str, str], shift:
 
 
 def panels(matrix: np.ndarray) -> np.ndarray:
-    """A matrix [taps, depth, columns] as ``multiply`` in basics.c reads it: [panel, taps, depth, PANEL], zeros behind it."""
+    """A matrix [taps, depth, columns] as ``multiply`` in basics.c reads it: [panel, taps, depth, PANEL], filled with zeros."""
     taps, depth, columns = matrix.shape
     filled = np.pad(matrix, ((0, 0), (0, 0), (0, -columns % PANEL)))
     return filled.reshape(taps, depth, -1, PANEL).transpose(2, 0, 1, 3).ravel()
@@ -157,8 +157,8 @@ def _integers(network: Network, numbers: Numbers) -> dict[str, np.ndarray]:
     behind = {
         "kernels": np.stack([kernel(layer) for layer in others]),
         "biases": np.stack([np.pad(layer.bias, fill) for layer in others]),
-        "scales": np.stack([np.pad(layer.scale, fill) for layer in others]),
-    } if others else none | {"scales": np.zeros((1, PANEL), np.float32)}  # fmt: skip
+        "steps_of": np.stack([np.pad(layer.scale, fill) for layer in others]),
+    } if others else none | {"steps_of": np.zeros((1, PANEL), np.float32)}  # fmt: skip
     return {
         "first_kernel": kernel(first),
         "first_bias": np.pad(first.bias, fill),

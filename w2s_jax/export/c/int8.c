@@ -47,8 +47,8 @@ INLINE cell quantise(float x)
 
 #if LANES > 1
 typedef mask loose_mask __attribute__((aligned(4), may_alias));
-typedef uint8_t bytes __attribute__((vector_size(LANES)));
-typedef bytes loose_bytes __attribute__((aligned(1), may_alias));
+typedef uint8_t byte_vector __attribute__((vector_size(LANES)));
+typedef byte_vector loose_bytes __attribute__((aligned(1), may_alias));
 #endif
 
 /* The larger ones of WIDE numbers each. */
@@ -56,8 +56,8 @@ INLINE void larger(cell *to, const cell *a, const cell *b)
 {
 #if LANES > 1
     for (int i = 0; i < WIDE; i += LANES) {
-        const bytes one = *(const loose_bytes *)(a + i), other = *(const loose_bytes *)(b + i);
-        const bytes first = (bytes)(one > other);
+        const byte_vector one = *(const loose_bytes *)(a + i), other = *(const loose_bytes *)(b + i);
+        const byte_vector first = (byte_vector)(one > other);
         *(loose_bytes *)(to + i) = (one & first) | (other & ~first);
     }
 #else
@@ -76,7 +76,7 @@ INLINE void quantise_sums(cell *to, const int32_t *sums_of, const int32_t *bias,
         const vector above = RECTIFY(x);
         const mask fits = (mask)(above < most);
         const vector within = (vector)(((mask)above & fits) | ((mask)most & ~fits)) + 12582912.0f;
-        *(loose_bytes *)(to + i) = __builtin_convertvector((mask)within & 255, bytes);
+        *(loose_bytes *)(to + i) = __builtin_convertvector((mask)within & 255, byte_vector);
     }
 #else
     for (int i = 0; i < CHANNELS; i++)
@@ -261,7 +261,7 @@ INLINE void multiply_columns(const cell *const *columns, int mels, int layer, tr
 
 INLINE void finish_columns(cell *image, int mels, int layer, const trunk_work *work)
 {
-    finish(image, work->products, biases[layer], scales[layer], mels);
+    finish(image, work->products, biases[layer], steps_of[layer], mels);
 }
 
 /* Tokens [count][TOKEN] → scores and values, or values, [count][PLACES][PARTS][FILLED(FEATURES)]. */

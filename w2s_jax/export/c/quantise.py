@@ -18,7 +18,7 @@ LARGEST_BIAS = 1 << 30
 
 @dataclass(frozen=True)
 class Rounded:
-    """A convolution: weights int8 [out, in, mel, time], bias int32 [out] in steps of the sums, these steps float32 [out]."""
+    """A convolution: weights int8 [out, in, mel, time]; bias int32 [out], of the sums; steps of the result in one of those."""
 
     kernel: np.ndarray
     bias: np.ndarray

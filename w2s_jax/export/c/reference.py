@@ -56,7 +56,7 @@ def log_mel(network: Network, wave: np.ndarray) -> np.ndarray:
 
 
 def measure(wave: np.ndarray, piece: int) -> tuple[np.float32, np.float32]:
-    """Mean and variance, of eight sums in float64; what the last piece has beyond a multiple of eight comes first in it."""
+    """Mean and variance, of eight sums in float64; what the last piece has beyond a multiple of eight comes before the rest."""
     start = len(wave) // piece * piece
     last = wave[start:]
     tail = last[len(last) - len(last) % 8 :][::-1]
