@@ -551,6 +551,7 @@ def test_sanitizers(made, name, kind, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["72k", "17k", "statistics"])
+@pytest.mark.slow
 def test_every_processor_and_compiler_says_the_same_in_eight_bits(made, name, tmp_path):
     """Vectors of all widths or none, dot products or none, products that may be added unrounded or not."""
     it = made(name, "c-int8")
@@ -564,6 +565,7 @@ def test_every_processor_and_compiler_says_the_same_in_eight_bits(made, name, tm
 
 
 @pytest.mark.parametrize("name", ["72k", "17k", "statistics"])
+@pytest.mark.slow
 def test_vectors_of_all_widths_are_close_in_float32(made, name, tmp_path):
     ways = [["-O3", "-march=native"], ["-O2", "-DW2S_PLAIN", "-DW2S_BATCH=4"], ["-O2"]]
     found = [probe(made(name), tmp_path, c.compiler(), "-std=gnu99", *flags).view(np.float32) for flags in ways]

@@ -20,8 +20,8 @@ EXTRAS = {
     "teacher": ("safetensors", "speechmos", "transformers"),
     "export": ("jax", "flax", "onnx", "safetensors", "tensorflow", "tf2onnx"),
     "litert": ("ai_edge_litert",),
-    "wasm": ("wasmtime",),
     "c": ("ziglang",),
+    "wasm": ("wasmtime", "ziglang"),
     "quickstart": ("espeakng_loader",),
     "openvino": ("openvino",),
 }  # fmt: skip
