@@ -2,8 +2,8 @@
 
 A cached library is code that gets executed, so it lies in a directory that only this user can write, belongs to this user, and
 ends with the checksum of the rest, which is compared first: the linker would end the process at a truncated one. One that is
-damaged, foreign or does not load is compiled again, once. Where the user's cache directory cannot serve, a private one among the
-temporary files does.
+damaged, foreign or does not load is compiled again, once. Where the user's cache directory cannot serve, a private one among
+the temporary files does.
 """
 
 from __future__ import annotations
