@@ -18,7 +18,7 @@ LARGEST_BIAS = 1 << 30
 
 @dataclass(frozen=True)
 class Rounded:
-    """A convolution: int8 [out, in, mel, time]; int32 [out], added to sums; float32 [out], what a sum is in steps of the result."""
+    """A convolution: int8 [out, in, mel, time]; int32 [out], added to sums; float32 [out], steps of the result in a sum."""
 
     kernel: np.ndarray
     bias: np.ndarray
