@@ -64,9 +64,12 @@ def export(
     int8-int4  int8 with the pooling's weights in 4 bits: smallest; Wav2Small only
     litert     fp32 as TensorFlow Lite file; litert-int8 with weights of 8 bits
     chunked    fp32 for recordings of any length, piece by piece; Wav2Small only
+    c          fp32 as C99, for any CPU: whole recordings and streams, no runtime; Wav2Small only
+    c-int8     c in 8 bits, the same bits on every CPU: microcontrollers
+    wasm       WebAssembly with weights of 8 bits, and an ES module: pages, workers, node; needs ziglang; Wav2Small only
     all        all that this student can have
 
-    fp32, litert and chunked are compared with Flax on lengths from 64 samples to 60 s, the others with fp32 on validation
+    fp32, litert, chunked and c are compared with Flax on lengths from 64 samples to 60 s, the others with fp32 on validation
     audio. A kind that is not good enough is left out, with a warning and exit code 1; if fp32 is not, nothing is written.
     """
     if not run.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ from w2s_jax.export.compact import compact
 from w2s_jax.export.deploy import deploy, split_at_softmax
 from w2s_jax.export.plan import CHANNEL_BLOCK, fill_channels, fold, merge
 from w2s_jax.export.quantize import COVERAGE, quantize
+from w2s_jax.install import pip_install
 from w2s_jax.kinds import INTEGER_KINDS, KINDS
 from w2s_jax.metrics import ccc
 from w2s_jax.models.plan import Plan
+from w2s_jax.runtime import c
 from w2s_jax.runtime.predictor import first_state
 
 #: Tokens of a piece of the kind "chunked": about 1 s of Wav2Small's.
@@ -87,6 +90,19 @@ def kinds_of(student) -> list[str]:
     found = _properties(student)
     properties = (None,) if found is None else (None, "trunk", *found)
     return [name for name, kind in KINDS.items() if kind.requires in properties]
+
+
+def missing_tool(kind: str) -> str | None:
+    """Why a kind cannot be made or judged in this environment; None where it can, as far as is known beforehand."""
+    if kind == "wasm":
+        lacking = [name for name in ("ziglang", "wasmtime") if importlib.util.find_spec(name) is None]
+        return f"{' and '.join(lacking)} not installed: {pip_install('wasm')}" if lacking else None
+    if kind in ("c", "c-int8"):
+        try:
+            c.compiler()
+        except UsageError as error:
+            return str(error)
+    return None
 
 
 def require_kind(student, kind: str) -> None:

@@ -19,7 +19,7 @@ from w2s_jax.devices import computing
 from w2s_jax.errors import UsageError, W2SError
 from w2s_jax.export import judge
 from w2s_jax.export import onnx as graph
-from w2s_jax.export.build import LARGEST, build, fp32_graph, kinds_of, make_probes, require_kind, write
+from w2s_jax.export.build import LARGEST, build, fp32_graph, kinds_of, make_probes, missing_tool, require_kind, write
 from w2s_jax.export.card import collect_facts, compose_audonnx_yaml, compose_card
 from w2s_jax.files import write_atomic
 from w2s_jax.kinds import DEFAULT, FILES, INTEGER_KINDS, KINDS, size_of
@@ -174,6 +174,7 @@ def _choose_kinds(kinds: Sequence[str] | None, student, calibrated: bool) -> tup
     possible = kinds_of(student)
     if "all" in kinds:
         skipped = {kind: "no calibration audio was given" for kind in possible if not KINDS[kind].exact and not calibrated}
+        skipped |= {kind: why for kind in possible if (why := missing_tool(kind))}
         return [kind for kind in possible if kind not in skipped], skipped
     for kind in kinds:
         if kind not in FILES:

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,7 +111,7 @@ class Stream:
 
     def __init__(self, library: ctypes.CDLL, dimensions: int, memory: np.ndarray, scratch: int, settings: tuple[int, int, int]):
         self._library, self._dimensions, self._memory = library, dimensions, memory
-        self._scratch = np.empty(scratch, np.uint8)
+        self._scratch, self._lock = np.empty(scratch, np.uint8), threading.Lock()
         kind, window, hop = settings
         check(library.w2s_stream_init(*_sized(memory), kind, ctypes.c_uint32(window), ctypes.c_uint32(hop)))
 
@@ -118,12 +119,14 @@ class Stream:
         """Samples [T], float32 or int16."""
         samples = np.ascontiguousarray(samples)
         call = self._library.w2s_stream_push_int16 if samples.dtype == np.int16 else self._library.w2s_stream_push
-        check(call(_place(self._memory), *_sized(self._scratch), *_counted(samples)))
+        with self._lock:
+            check(call(_place(self._memory), *_sized(self._scratch), *_counted(samples)))
 
     def read(self) -> np.ndarray | None:
         """The values [D], None as long as there are none."""
         values = np.empty(self._dimensions, np.float32)
-        code = self._library.w2s_stream_read(_place(self._memory), *_sized(self._scratch), _place(values))
+        with self._lock:
+            code = self._library.w2s_stream_read(_place(self._memory), *_sized(self._scratch), _place(values))
         return None if code == EARLY else (check(code), values)[1]
 
     def reset(self) -> None:

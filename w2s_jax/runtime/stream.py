@@ -120,17 +120,21 @@ class _Window:
         self.reset()
 
     def reset(self) -> None:
+        """Forget all samples."""
         self._ring = Ring(self._size)
 
     def push(self, samples: np.ndarray) -> None:
+        """Samples [T], float32 or int16."""
         self._ring.push(samples * np.float32(1 / 32768) if samples.dtype == np.int16 else samples)
 
     def read(self) -> list[float] | None:
+        """The values [D], None as long as there are none."""
         wave = self._ring.last()
         return None if len(wave) < self._predictor.minimum_samples else list(self._predictor._run(wave).values())
 
     @property
     def state(self) -> bytes:
+        """All that it remembers."""
         return self._ring.last().tobytes()
 
     @state.setter
@@ -151,7 +155,7 @@ class Ring:
         self._filled = 0
 
     def push(self, block: np.ndarray) -> None:
-        """Add samples [T]."""
+        """Samples [T]."""
         self.end += len(block)
         block = block[-self.size :]
         if self._filled + len(block) > len(self._buffer):
@@ -162,7 +166,7 @@ class Ring:
         self._filled += len(block)
 
     def last(self) -> np.ndarray:
-        """The last ``size`` samples, or all where there are fewer; a view until the next ``push``."""
+        """The last ``size`` samples, or all that there are; until the next push."""
         return self._buffer[max(0, self._filled - self.size) : self._filled]
 
 

@@ -18,7 +18,7 @@ LARGEST_BIAS = 1 << 30
 
 @dataclass(frozen=True)
 class Rounded:
-    """A convolution: weights int8 [out, in, mel, time]; bias int32 [out], of the sums; steps of the result in one of those."""
+    """A convolution: int8 [out, in, mel, time]; int32 [out], added to sums; float32 [out], steps of the result in a sum."""
 
     kernel: np.ndarray
     bias: np.ndarray
