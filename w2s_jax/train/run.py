@@ -26,6 +26,7 @@ from w2s_jax.feed import Batches, divide
 from w2s_jax.files import fingerprint, read_json, write_json
 from w2s_jax.labels import Labels
 from w2s_jax.models import forms
+from w2s_jax.models.wav2small import Wav2SmallStudent
 from w2s_jax.parallel import PARALLEL, Jit, Layout, Pmap, is_main_process, lay_out
 from w2s_jax.train import units
 from w2s_jax.train.checkpoints import Checkpoints
@@ -81,6 +82,10 @@ class Run:
         for name, zero in (("learning_rate", True), ("clip_norm", False), ("weight_decay", True), ("l2", True)):
             if not (0 < config[name] < float("inf") or (zero and config[name] == 0)):
                 raise UsageError(f"{name} is {config[name]}; expected a number above 0{', or 0' * zero}")
+        if not 0 <= config.jitter < float("inf"):
+            raise UsageError(f"jitter is a deviation, 0 or above; got {config.jitter}")
+        if config.jitter and not isinstance(self.student, Wav2SmallStudent):
+            raise UsageError(f"{config.student} has no jitter: only Wav2Smalls run as streams; set jitter=0")
         if not 0 < config.crop <= 1:
             raise UsageError(f"crop is the share of a view that a step is given, above 0 and at most 1; got {config.crop}")
         if config.parallel not in PARALLEL:
@@ -302,6 +307,8 @@ def check_resumable(workdir: Path, about: dict) -> int:
         raise W2SError(f"{path} is damaged, or was changed by hand: its checksum is not right; choose another --workdir")
     old, new = flatten_dict(before, sep="."), flatten_dict(about, sep=".")
     old.setdefault("numerics", 1)  # runs of 0.1 do not record it
+    if "config.steps" in old:
+        old.setdefault("config.jitter", 0.0)  # of before there was one
     free = {"format", "version", "w2s_jax", *(f"config.{name}" for name in _LENGTH)}
     differing = [key for key in old | new if old.get(key) != new.get(key) and key not in free]
     rounding = [key for key in differing if key.startswith("computed.") and key in old]
