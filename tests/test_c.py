@@ -573,17 +573,33 @@ def test_vectors_of_all_widths_are_close_in_float32(made, name, tmp_path):
         np.testing.assert_allclose(other, found[0], atol=2e-5)
 
 
+#: Emulator, its processor, ziglang's target and processor: dot products of 2013 and of ARM, old and new, 32-bit instructions.
+EMULATED = {
+    "haswell": ("x86_64", "Haswell", "x86_64-linux-musl", "haswell"),
+    "x86-64": ("x86_64", "Nehalem", "x86_64-linux-musl", "nehalem"),
+    "arm64": ("aarch64", "cortex-a57", "aarch64-linux-musl", "cortex_a57"),
+    "arm64 dotprod": ("aarch64", "max", "aarch64-linux-musl", "cortex_a76"),
+    "arm64 i8mm": ("aarch64", "max", "aarch64-linux-musl", "neoverse_v1"),
+    "arm32": ("arm", "cortex-a15", "arm-linux-musleabihf", "cortex_a15-neon"),
+}
+
+
 @slow
-@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-user")
+@pytest.mark.parametrize("processor", EMULATED)
 @pytest.mark.parametrize("kind", ["c", "c-int8"])
-def test_on_a_processor_of_2013(made, kind, tmp_path):
+def test_on_an_emulated_processor(made, kind, processor, tmp_path):
+    pytest.importorskip("ziglang")
+    emulator, cpu, target, own = EMULATED[processor]
+    if shutil.which(f"qemu-{emulator}") is None:
+        pytest.skip("needs qemu-user")
     it = made("72k", kind)
     native = probe(it, tmp_path, c.compiler(), "-O3", "-march=native")
-    old = probe(it, tmp_path, c.compiler(), "-O3", "-march=haswell", "-static", run=["qemu-x86_64", "-cpu", "Haswell"])
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", target, f"-mcpu={own}", "-static"]
+    other = probe(it, tmp_path, zig, "-O2", run=[f"qemu-{emulator}", "-cpu", cpu])
     if kind == "c-int8":
-        np.testing.assert_array_equal(old, native)
+        np.testing.assert_array_equal(other, native)
     else:
-        np.testing.assert_allclose(old.view(np.float32), native.view(np.float32), atol=2e-5)
+        np.testing.assert_allclose(other.view(np.float32), native.view(np.float32), atol=2e-5)
 
 
 # --- as a kind

@@ -32,6 +32,7 @@ from w2s_jax.export.card import collect_facts, compose_card
 from w2s_jax.labelling import label
 from w2s_jax.labels import Labels
 from w2s_jax.losses import distillation_loss
+from w2s_jax.models import frontend
 from w2s_jax.train import step, units
 from w2s_jax.train.checkpoints import Checkpoints
 from w2s_jax.train.loop import training_flops
@@ -177,6 +178,47 @@ def test_a_crop_takes_a_part_that_depends_on_seed_and_step():
     assert not np.array_equal(one, other)
     np.testing.assert_array_equal(np.diff(one), 1)
     assert step.random_crop(ramps, 1.0, jax.random.key(0)) is ramps
+
+
+def test_jitter_shifts_level_and_offset_of_each_waveform():
+    waves = np.random.default_rng(0).standard_normal((2000, 300)).astype(np.float32)
+    key = jax.random.key_data(jax.random.key(0))
+    shaken = np.asarray(frontend.jitter(waves, key, jnp.float32(0.2)))
+    offset, level = np.polynomial.polynomial.polyfit(waves[0], shaken[0], 1)
+    np.testing.assert_allclose(shaken[0], level * waves[0] + offset, atol=1e-5)
+    slopes = np.array([np.polyfit(wave, other, 1) for wave, other in zip(waves, shaken, strict=True)])
+    np.testing.assert_allclose([np.log(slopes[:, 0]).std(), slopes[:, 1].std()], 0.2, rtol=0.06)
+    np.testing.assert_allclose([np.log(slopes[:, 0]).mean(), slopes[:, 1].mean()], 0, atol=0.015)
+    np.testing.assert_array_equal(shaken[:10], frontend.jitter(waves[:10], key, jnp.float32(0.2)))  # on any number of devices
+    assert (shaken[:10] != frontend.jitter(waves[:10], jax.random.key_data(jax.random.key(1)), jnp.float32(0.2))).any()
+
+
+def test_jitter_is_for_training_alone_and_depends_on_the_step():
+    student = models.build("wav2small", channels=2)
+    waves = np.random.default_rng(0).standard_normal((4, 1000)).astype(np.float32)
+    variables = jax.jit(student.init)(jax.random.key(0), waves)
+    given = {"student": student, "frontend": variables["frontend"], "optimizer": optax.sgd(0.1)}
+
+    @partial(jax.jit, static_argnames="jitter")
+    def loss(at, jitter):
+        state = training.initial_state(variables, given["optimizer"]).replace(step=at)
+        return training.train_step(state, (waves, waves[:, :3]), jitter=jitter, **given)[1]["loss"]
+
+    assert loss(3, 0.5) == loss(3, 0.5)
+    assert len({float(x) for x in (loss(3, 0.0), loss(3, 0.5), loss(4, 0.5))}) == 3
+    jitter = {"jitter": {"key": jax.random.key_data(jax.random.key(0)), "deviation": jnp.float32(0.5)}}
+    np.testing.assert_array_equal(student.apply(variables, waves), student.apply({**variables, **jitter}, waves))
+
+
+def test_jitter_that_cannot_be(bank, views, labels, tmp_path):
+    for overrides, says in (
+        (["jitter=-0.1"], "jitter is -0.1; expected a number of at least 0"),
+        (["jitter=1e999"], "jitter is inf"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            training.train(config.load("wav2small", [*TINY, *overrides]), bank, views, labels, tmp_path)
+    with pytest.raises(UsageError, match="mobilenet_v3_s has no jitter"):
+        training.train(config.load("mobilenet_v3_s", ["steps=1", "jitter=0.1"]), bank, views, labels, tmp_path)
 
 
 @pytest.mark.parametrize("logged", [6, 2])  # 2: before the first evaluation

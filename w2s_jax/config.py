@@ -36,6 +36,7 @@ def default(student: str = "wav2small") -> ConfigDict:
             "ema": 0.98,  # decay per step of the averaged weights, which are evaluated and saved; 0: the last weights
             "calibrate": True,  # scale predictions to the labels' mean and deviation on the validation views, for CCC
             "crop": 1.0,  # share of each view that a training step is given; below 1 it regularises, and steps are cheaper
+            "jitter": 0.0,  # deviation of level (natural logarithm) and offset of normalised waveforms: for running streams
             "clip_norm": 1.0,  # largest global norm of a gradient
             "eval_every": 200,  # steps between evaluations, each with a checkpoint
             "log_every": 10,  # steps between lines in metrics.jsonl

@@ -53,7 +53,7 @@ def train(
 
     Students: wav2small, wav2small_17k, mobilenet_v3_s, mobilenet_v3_l, mobilenet_v4_s, mobilenet_v4_m, mobilenet_v4_l, cnn14.
 
-    Settings: steps, batch_size, learning_rate, warmup, weight_decay, clip_norm, l2, ema, crop, calibrate, seed,
+    Settings: steps, batch_size, learning_rate, warmup, weight_decay, clip_norm, l2, ema, crop, jitter, calibrate, seed,
     accumulate, dtype, form, pretrained, eval_every, log_every, scan_steps, parallel, data_shards,
     bank_placement, bank_gib, workers, and the student's own: fields.channels, fields.stride, … (see w2s_jax/config.py).
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -18,6 +19,8 @@ PRESETS = {
 }
 #: Floor of the mel power before the logarithm; -100 dB.
 MEL_FLOOR = 1e-10
+#: Samples that tell waveforms apart, for ``jitter``.
+RECOGNISED = 64
 #: Accelerators would round the factors of float32 products to 8 or 11 bits, and a spectrum spans more than that.
 EXACT = lax.Precision.HIGHEST
 
@@ -26,6 +29,24 @@ def normalise(wave: Array) -> Array:
     """Each utterance to zero mean and unit variance: float32 [B, T] → [B, T]. Silence stays zero."""
     wave = wave - wave.mean(axis=1, keepdims=True)
     return wave / jnp.sqrt(jnp.mean(wave * wave, axis=1, keepdims=True) + NORM_EPSILON)
+
+
+def jitter(wave: Array, key: Array, deviation: Array) -> Array:
+    """Give normalised waveforms [B, T] a random level and offset each, as if their moments had been measured elsewhere.
+
+    A running stream measures them on all that came before. The draw is a function of the key and of the waveform, so that it is
+    the same on any number of devices.
+
+    Args:
+        wave: as ``normalise`` gives them.
+        key: of jax.random, its data.
+        deviation: of the level's natural logarithm, and of the offset in deviations of the waveform.
+    """
+    bits = lax.bitcast_convert_type(wave[:, : 2 * RECOGNISED : 2], jnp.uint32)
+    marks = lax.reduce(bits, jnp.uint32(0), lax.bitwise_xor, (1,))
+    keys = jax.vmap(lambda mark: jax.random.fold_in(jax.random.wrap_key_data(key), mark))(marks)
+    level, offset = deviation * jax.vmap(lambda one: jax.random.normal(one, (2,)))(keys).T
+    return wave * jnp.exp(level)[:, None] + offset[:, None]
 
 
 def fourier_kernels(n_fft: int) -> tuple[np.ndarray, np.ndarray]:

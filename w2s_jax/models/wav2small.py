@@ -17,7 +17,7 @@ from jax import Array
 from w2s_jax.errors import UsageError
 from w2s_jax.models import native, plan
 from w2s_jax.models.forms import Dense, FormedConvolution, check_running, trains_natively
-from w2s_jax.models.frontend import LogMel, normalise
+from w2s_jax.models.frontend import LogMel, jitter, normalise
 from w2s_jax.models.norm import EPSILON, BatchNorm, update_running_stats
 from w2s_jax.models.pooling import POOLINGS, AttentionPooling, fold_pooling, max_pool
 
@@ -150,7 +150,10 @@ class Wav2SmallStudent(nn.Module):
     @nn.nowrap
     def features(self, wave: Array, train: bool) -> Array:
         """Waveforms [B, T] → the trunk's image [B, time, mel, channels]; only to be called in ``__call__``."""
-        image = LogMel(self.n_fft, self.hop, self.n_mels, name="logmel")(normalise(wave))
+        wave = normalise(wave)
+        if train and self.has_variable("jitter", "key"):
+            wave = jitter(wave, *(self.get_variable("jitter", name) for name in ("key", "deviation")))
+        image = LogMel(self.n_fft, self.hop, self.n_mels, name="logmel")(wave)
         sizes = (self.channels, self.before, self.after, self.kernel, self.stride)
         return VGG(*sizes, self.axis_name, self.form, name="vgg7")(image[..., None].astype(self.dtype), train)
 

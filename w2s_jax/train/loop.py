@@ -226,6 +226,7 @@ class _Loop:
                 ema=config.ema,
                 accumulate=config.accumulate,
                 crop=config.crop,
+                jitter=config.jitter,
                 seed=config.seed,
                 axis_name=run.parallel.axis_name,
             )

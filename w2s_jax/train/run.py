@@ -27,6 +27,7 @@ from w2s_jax.feed import Batches, divide
 from w2s_jax.files import fingerprint, read_json, write_json
 from w2s_jax.labels import Labels
 from w2s_jax.models import forms
+from w2s_jax.models.wav2small import Wav2SmallStudent
 from w2s_jax.parallel import PARALLEL, Jit, Layout, Pmap, is_main_process, lay_out
 from w2s_jax.train import units
 from w2s_jax.train.checkpoints import Checkpoints
@@ -50,7 +51,9 @@ _UNRECORDED = {"pretrained", "parallel", "bank_placement", "bank_gib", "workers"
 LIMITS = {
     **dict.fromkeys(("steps", "eval_every", "log_every", "accumulate"), ("at least 1", lambda value: value >= 1)),
     "batch_size": ("at least 2: a CCC compares how values vary", lambda value: value >= 2),
-    **dict.fromkeys(("learning_rate", "weight_decay", "l2"), ("a number of at least 0", lambda value: 0 <= value < math.inf)),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "l2", "jitter"), ("a number of at least 0", lambda value: 0 <= value < math.inf)
+    ),
     "clip_norm": ("a number above 0", lambda value: 0 < value < math.inf),
     "warmup": ("a share of the steps, 0 to 1", lambda value: 0 <= value <= 1),
     "ema": ("at least 0 and below 1", lambda value: 0 <= value < 1),
@@ -95,6 +98,8 @@ class Run:
         for name in sorted({"dimensions", *models.RUNNING} & set(config.fields)):
             way = {"dimensions": "the labels decide it", "axis_name": "training sets it"}.get(name, f"use --set {name}=VALUE")
             raise UsageError(f"fields.{name} cannot be set: {way}")
+        if config.jitter and not isinstance(self.student, Wav2SmallStudent):
+            raise UsageError(f"{config.student} has no jitter: only Wav2Small students run as streams; set jitter=0")
         if config.parallel not in PARALLEL:
             raise UsageError(f"parallel is {config.parallel!r}; expected {' or '.join(PARALLEL)}")
 
@@ -324,6 +329,8 @@ def check_resumable(workdir: Path, about: dict) -> int:
         raise W2SError(f"{path} is damaged, or was changed by hand: its checksum is not right; choose another --workdir")
     old, new = flatten_dict(before, sep="."), flatten_dict(about, sep=".")
     old.setdefault("numerics", 1)  # runs of 0.1 do not record it
+    if "config.steps" in old:
+        old.setdefault("config.jitter", 0.0)  # of before there was one
     free = {"format", "version", "w2s_jax", *(f"config.{name}" for name in _LENGTH)}
     differing = [key for key in old | new if old.get(key) != new.get(key) and key not in free]
     rounding = [key for key in differing if key.startswith("computed.") and key in old]

@@ -53,6 +53,7 @@ def train_step(
     ema: float = 0.0,
     accumulate: int = 1,
     crop: float = 1.0,
+    jitter: float = 0.0,
     seed: int = 0,
     axis_name: str | None = None,
 ) -> tuple[State, dict[str, Array]]:
@@ -70,17 +71,20 @@ def train_step(
             each part's forward pass is computed twice; BatchNorm sees the moments of a part.
         crop: share of each waveform that is used, from a random start that all waveforms share. The label stays that of the
             whole view. This regularises like dropout over time, and makes steps cheaper.
-        seed: of the crop's start, a function of (seed, state.step).
+        jitter: deviation of the level and offset that the student gives normalised waveforms (``frontend.jitter``).
+        seed: of the crop's start and the jitter, functions of (seed, state.step).
         axis_name: of the devices that share the global batch.
 
     Returns:
         The state after the step, and loss [], ccc [D], gradient_norm [], update_norm [], parameter_norm [].
     """
     waves, targets = batch
-    waves = random_crop(waves, crop, jax.random.fold_in(jax.random.key(seed), state.step))
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    waves = random_crop(waves, crop, key)
+    shaken = {"jitter": {"key": jax.random.key_data(key), "deviation": jnp.float32(jitter)}} if jitter else {}
 
     def compute_loss(params):
-        variables = {"params": params, "batch_stats": state.batch_stats, "frontend": frontend}
+        variables = {"params": params, "batch_stats": state.batch_stats, "frontend": frontend, **shaken}
         prediction, batch_stats = forward(student, variables, waves, accumulate)
         loss, concordance = distillation_loss(prediction, targets, l2=l2, axis_name=axis_name)
         return loss, (batch_stats, concordance)

@@ -95,6 +95,15 @@ INLINE void write_image(cell *column, const float *values)
 
 a has no signs, b has; all sums are exact in 32 bits. b lies in panels, four k of a column together: [panel][tap][word][PANEL][4]. */
 
+#if defined(__GNUC__)
+/* Four bytes at any address. */
+INLINE int32_t word(const void *place)
+{
+    typedef int32_t loose_word __attribute__((aligned(1), may_alias));
+    return *(const loose_word *)place;
+}
+#endif
+
 #if defined(__AVX512VNNI__) && LANES == PANEL
 #include <immintrin.h>
 #define DOTS PANEL
@@ -103,7 +112,7 @@ typedef __m512i dots;
 #define DOTS_LOAD(place) _mm512_loadu_si512((const void *)(place))
 #define DOTS_STORE(place, value) _mm512_storeu_si512((void *)(place), value)
 #define DOTS_ADD(sum, four, weights) _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(four), weights)
-#elif defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#elif (defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))) && !defined(W2S_PLAIN)
 #include <immintrin.h>
 #define DOTS 8
 typedef __m256i dots;
@@ -115,7 +124,7 @@ typedef __m256i dots;
 #else
 #define DOTS_ADD(sum, four, weights) _mm256_dpbusd_epi32(sum, _mm256_set1_epi32(four), weights)
 #endif
-#elif defined(__ARM_FEATURE_MATMUL_INT8) && defined(__aarch64__)
+#elif defined(__ARM_FEATURE_MATMUL_INT8) && defined(__aarch64__) && !defined(W2S_PLAIN)
 #include <arm_neon.h>
 #define DOTS 4
 typedef int32x4_t dots;
@@ -123,7 +132,7 @@ typedef int32x4_t dots;
 #define DOTS_LOAD(place) vreinterpretq_s32_s8(vld1q_s8(place))
 #define DOTS_STORE(place, value) vst1q_s32(place, value)
 #define DOTS_ADD(sum, four, weights) vusdotq_s32(sum, vreinterpretq_u8_s32(vdupq_n_s32(four)), vreinterpretq_s8_s32(weights))
-#elif defined(__ARM_FEATURE_DOTPROD) && defined(__aarch64__)
+#elif defined(__ARM_FEATURE_DOTPROD) && defined(__aarch64__) && !defined(W2S_PLAIN)
 #include <arm_neon.h>
 #define DOTS 4
 typedef int32x4_t dots;
@@ -138,15 +147,74 @@ INLINE dots add_dots(dots sum, int32_t four, dots weights)
     return vdotq_s32(sum, vreinterpretq_s8_s32(vdupq_n_s32(four ^ (int32_t)0x80808080u)), w);
 }
 #define DOTS_ADD(sum, four, weights) add_dots(sum, four, weights)
+
+/* Elsewhere pairs of 16 bits: numbers 0 and 2 of four, then 1 and 3, which exact 32-bit sums of two products add. */
+#elif defined(__AVX2__) && !defined(W2S_PLAIN)
+#include <immintrin.h>
+#define DOTS 8
+typedef __m256i dots;
+#define DOTS_ZERO _mm256_setzero_si256()
+#define DOTS_LOAD(place) _mm256_loadu_si256((const __m256i *)(const void *)(place))
+#define DOTS_STORE(place, value) _mm256_storeu_si256((__m256i *)(void *)(place), value)
+INLINE dots add_dots(dots sum, int32_t four, dots weights)
+{
+    const dots even = _mm256_srai_epi16(_mm256_slli_epi16(weights, 8), 8), odd = _mm256_srai_epi16(weights, 8);
+    const dots x = _mm256_set1_epi32(four & 0x00ff00ff), y = _mm256_set1_epi32((four >> 8) & 0x00ff00ff);
+    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(x, even), _mm256_madd_epi16(y, odd)));
+}
+#define DOTS_ADD(sum, four, weights) add_dots(sum, four, weights)
+#define MOST_DOTS 7
+#elif defined(__SSE2__) && !defined(W2S_PLAIN)
+#include <emmintrin.h>
+#define DOTS 4
+typedef __m128i dots;
+#define DOTS_ZERO _mm_setzero_si128()
+#define DOTS_LOAD(place) _mm_loadu_si128((const __m128i *)(const void *)(place))
+#define DOTS_STORE(place, value) _mm_storeu_si128((__m128i *)(void *)(place), value)
+INLINE dots add_dots(dots sum, int32_t four, dots weights)
+{
+    const dots even = _mm_srai_epi16(_mm_slli_epi16(weights, 8), 8), odd = _mm_srai_epi16(weights, 8);
+    const dots x = _mm_set1_epi32(four & 0x00ff00ff), y = _mm_set1_epi32((four >> 8) & 0x00ff00ff);
+    return _mm_add_epi32(sum, _mm_add_epi32(_mm_madd_epi16(x, even), _mm_madd_epi16(y, odd)));
+}
+#define DOTS_ADD(sum, four, weights) add_dots(sum, four, weights)
+#define MOST_DOTS 7
+#elif defined(__wasm_simd128__) && !defined(W2S_PLAIN)
+#include <wasm_simd128.h>
+#define DOTS 4
+typedef v128_t dots;
+#define DOTS_ZERO wasm_i32x4_const_splat(0)
+#define DOTS_LOAD(place) wasm_v128_load(place)
+#define DOTS_STORE(place, value) wasm_v128_store(place, value)
+INLINE dots add_dots(dots sum, int32_t four, dots weights)
+{
+    const dots even = wasm_i16x8_shr(wasm_i16x8_shl(weights, 8), 8), odd = wasm_i16x8_shr(weights, 8);
+    const dots x = wasm_i32x4_splat(four & 0x00ff00ff), y = wasm_i32x4_splat((four >> 8) & 0x00ff00ff);
+    return wasm_i32x4_add(sum, wasm_i32x4_add(wasm_i32x4_dot_i16x8(x, even), wasm_i32x4_dot_i16x8(y, odd)));
+}
+#define DOTS_ADD(sum, four, weights) add_dots(sum, four, weights)
+#define MOST_DOTS 7
+#elif defined(__ARM_FEATURE_DSP) && defined(__arm__) && !defined(W2S_PLAIN)
+#include <arm_acle.h>
+#define DOTS 1
+typedef int32_t dots;
+#define DOTS_ZERO 0
+#define DOTS_LOAD(place) word(place)
+#define DOTS_STORE(place, value) (*(place) = (value))
+INLINE dots add_dots(dots sum, int32_t four, dots weights)
+{
+    const int16x2_t even = __sxtb16((int8x4_t)weights), odd = __sxtb16((int8x4_t)((uint32_t)weights >> 8));
+    const int16x2_t x = (int16x2_t)__uxtb16((uint8x4_t)four), y = (int16x2_t)__uxtb16((uint8x4_t)((uint32_t)four >> 8));
+    return __smlad(y, odd, __smlad(x, even, sum));
+}
+#define DOTS_ADD(sum, four, weights) add_dots(sum, four, weights)
+#define MOST_DOTS 4
+#endif
+#if defined(DOTS) && !defined(MOST_DOTS)
+#define MOST_DOTS MOST_ROWS
 #endif
 
 #if defined(DOTS)
-
-INLINE int32_t word(const cell *place)
-{
-    typedef int32_t loose_word __attribute__((aligned(1), may_alias));
-    return *(const loose_word *)place;
-}
 
 #define DECLARE_DOTS(row) dots sum_##row = DOTS_ZERO;
 #define ADD_DOTS(row) sum_##row = DOTS_ADD(sum_##row, word(at + (row) * step), weights);
@@ -168,7 +236,7 @@ INLINE int32_t word(const cell *place)
 INLINE void multiply_bytes(int32_t *c, int wide, const cell *const *a, int step, const int8_t *b, int rows, int taps, int depth,
                            int columns)
 {
-    const int blocks = (rows + MOST_ROWS - 1) / MOST_ROWS, block = (rows + blocks - 1) / blocks, words = WORDS(depth);
+    const int blocks = (rows + MOST_DOTS - 1) / MOST_DOTS, block = (rows + blocks - 1) / blocks, words = WORDS(depth);
     for (int column = 0; column < columns; column += DOTS)
         for (int n = 0; n < blocks; n++) {
             const int first = (n + 1) * block <= rows ? n * block : rows - block; /* the last block may repeat rows */
