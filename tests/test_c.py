@@ -546,7 +546,8 @@ def probe(it, tmp_path, command, *flags, run=()):
 @pytest.mark.parametrize("kind", ["c", "c-int8"])
 def test_sanitizers(made, name, kind, tmp_path):
     flags = ["-g", "-O1", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-std=gnu99"]
-    for more in ([], ["-DW2S_PLAIN", "-DW2S_BATCH=4"]):
+    plain = ["-DW2S_PLAIN", "-DW2S_BATCH=4"]
+    for more in ([], plain) if name == "72k" else (plain,):  # with vectors, what is checked takes minutes to compile
         probe(made(name, kind), tmp_path, c.compiler(), *flags, *more)
 
 
