@@ -355,6 +355,8 @@ def test_streams_are_saved_and_say_what_they_are(made):
     assert [round(end * 4, 6) for _, end, _ in rows] == [6, 7, 8, 9] and all(end - start == 1 for start, end, _ in rows)
     with pytest.raises(UsageError, match="expected a state of"):
         other.restore(predictor.stream(2.0, 0.25, "running").save())
+    with pytest.raises(UsageError, match="the same model and settings"):
+        other.restore(predictor.stream(2.0, 0.5, "running").save())  # of as many bytes
     for settings_of, says in (
         ((1.0, 0.3, "running"), "a window that is a multiple of the hop"),
         ((1.0, 0.25, "mean"), "normalisation is 'mean'"),
@@ -421,6 +423,18 @@ def test_error_codes(made, kind):
     assert c_call(library, "w2s_stream_push", state, scratch, some, none, size(len(wave))) == -1
     assert c_call(library, "w2s_stream_push", none, scratch, some, wave, size(len(wave))) == -1
     assert c_call(library, "w2s_stream_push", state, scratch, some, bad, size(len(bad))) == -4  # and counts as 0
+    for at, value in (
+        (0, 1),
+        (4, 7),
+        (8, 1),
+        (16, 10**9),
+        (20, 10**9),
+    ):  # damaged memory is no stream
+        damaged = state.copy()
+        damaged[at : at + 4] = np.frombuffer(np.uint32(value).tobytes(), np.uint8)
+        assert c_call(library, "w2s_stream_push", damaged, scratch, some, wave, size(len(wave))) == -6
+        assert c_call(library, "w2s_stream_read", damaged, scratch, some, values) == -6
+        assert c_call(library, "w2s_stream_reset", damaged) == (0 if at >= 16 else -6)
     clean = np.where(np.isnan(bad), 0, bad).astype(np.float32)
     other = it.session.stream("running", 8000, 2000)
     other.push(clean)

@@ -36,6 +36,8 @@ _ERRORS = {
     -6: "no state of a stream of this model",
 }
 OK, EARLY = 0, -7
+#: Bytes at the beginning of a state that name model, normalisation, window and hop.
+ABOUT = 16
 #: The values of w2s_model.h for the normalisation of a stream.
 NORMALISATIONS = {"running": 0, "window": 1}
 
@@ -140,8 +142,8 @@ class Stream:
 
     @state.setter
     def state(self, state: bytes) -> None:
-        if len(state) != len(self._memory):
-            raise UsageError(f"expected a state of {len(self._memory)} bytes, got {len(state)}")
+        if len(state) != len(self._memory) or state[:ABOUT] != self._memory[:ABOUT].tobytes():
+            raise UsageError(f"expected a state of {len(self._memory)} bytes of a stream with the same model and settings")
         self._memory[:] = np.frombuffer(state, np.uint8)
 
 

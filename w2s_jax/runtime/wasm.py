@@ -159,6 +159,6 @@ class Stream:
 
     @state.setter
     def state(self, state: bytes) -> None:
-        if len(state) != self._size:
-            raise UsageError(f"expected a state of {self._size} bytes, got {len(state)}")
+        if len(state) != self._size or state[: c.ABOUT] != self.state[: c.ABOUT]:
+            raise UsageError(f"expected a state of {self._size} bytes of a stream with the same model and settings")
         self._instance.write(self._memory, state)

@@ -536,6 +536,20 @@ size_t w2s_stream_bytes(int normalisation, uint32_t window, uint32_t hop)
     return normalisation == W2S_RUNNING ? W2S_STREAM_BYTES((size_t)window, (size_t)hop) : 0;
 }
 
+static void restart(void *memory)
+{
+    about_stream *about = (about_stream *)memory;
+    about->place = about->stored = 0;
+    if (about->normalisation == W2S_RUNNING) {
+        stream *s = (stream *)memory;
+        s->mean = s->variance = 0.0f;
+        s->heard = s->phase = 0;
+        s->begun = 0;
+        clear(&s->now);
+        reset(&s->pipe);
+    }
+}
+
 int w2s_stream_init(void *memory, size_t bytes, int normalisation, uint32_t window, uint32_t hop)
 {
     about_stream *about = (about_stream *)memory;
@@ -549,11 +563,12 @@ int w2s_stream_init(void *memory, size_t bytes, int normalisation, uint32_t wind
     about->normalisation = normalisation;
     about->window = window;
     about->hop = hop;
-    return w2s_stream_reset(memory);
+    restart(memory);
+    return W2S_OK;
 }
 
 /* Whether it is a stream: W2S_OK, or why not. */
-static int examine(const void *memory)
+static int identify(const void *memory)
 {
     const about_stream *about = (const about_stream *)memory;
     if (!memory)
@@ -565,22 +580,31 @@ static int examine(const void *memory)
     return W2S_OK;
 }
 
-int w2s_stream_reset(void *memory)
+/* The same, and whether what says where something lies is within it: memory that was stored may be damaged. */
+static int examine(const void *memory)
 {
-    about_stream *about = (about_stream *)memory;
-    const int fault = examine(memory);
+    const about_stream *about = (const about_stream *)memory;
+    const int fault = identify(memory);
     if (fault)
         return fault;
-    about->place = about->stored = 0;
+    const uint32_t places = about->normalisation == W2S_WINDOW ? about->window : LARGER(about->window / about->hop, 2u) - 1u;
+    if (about->place >= places || about->stored > places)
+        return W2S_ERROR_STREAM;
     if (about->normalisation == W2S_RUNNING) {
-        stream *s = (stream *)memory;
-        s->mean = s->variance = 0.0f;
-        s->heard = s->phase = 0;
-        s->begun = 0;
-        clear(&s->now);
-        reset(&s->pipe);
+        const stream *s = (const stream *)memory;
+        if (s->pipe.filled < 0 || s->pipe.filled >= SAMPLES || s->pipe.steps < 0 || s->pipe.steps > MOST_STEPS ||
+            s->heard > about->window || s->phase >= about->hop + W2S_TOKEN_SAMPLES)
+            return W2S_ERROR_STREAM;
     }
     return W2S_OK;
+}
+
+int w2s_stream_reset(void *memory)
+{
+    const int fault = identify(memory);
+    if (!fault)
+        restart(memory);
+    return fault;
 }
 
 /* Mean and variance of what has been heard, with those samples of a frame that no frame before it had. */
